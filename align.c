@@ -1112,6 +1112,9 @@ static double reinforce_loss(const float *advantages, const double *logps, size_
 
 /* ---- Rewards with a KL penalty for each token ----------------------------------------------- */
 
+/* How a token's divergence from the reference is measured: see kl_penalty_token. */
+enum KLPenalty { KL_PENALTY_KL, KL_PENALTY_ABS, KL_PENALTY_MSE, KL_PENALTY_FULL };
+
 /* PPOConfig of TRL 0.11, in its names.             [glossary: Classe de configuração PPO] */
 struct PPOConfig {
     size_t batch_size; /* answers of a step */
@@ -1121,7 +1124,7 @@ struct PPOConfig {
     double init_kl_coef; /* beta at the start         [glossary: Parâmetro Beta (β)] */
     bool adap_kl_ctrl; /* let a controller adapt beta: */
     double target, horizon; /* to this KL, in nats per answer; over about this many answers */
-    const char *kl_penalty; /* kl, abs, mse, full: see kl_penalty_token */
+    enum KLPenalty kl_penalty;
     double gamma, lam; /* discount and lambda of gae_step */
     double cliprange; /* of the ratio, in ppo_token_loss */
     double cliprange_value; /* of the value, in ppo_value_loss */
@@ -1141,16 +1144,21 @@ struct PPOConfig {
  *   abs   its magnitude           mse   half of kl squared; neither has a sign
  *   full  the exact KL of the two distributions at this position, given as `full`
  * By hand: -1.20 against -1.70: kl 0.50, abs 0.50, mse 0.125.     test: ppo_penalties_golden */
-static float kl_penalty_token(const char *kind, float logprob, float ref_logprob, float full) {
+static float kl_penalty_token(enum KLPenalty kind, float logprob, float ref_logprob, float full) {
     float difference = (float)kl_k1(logprob, ref_logprob);
     /* Without a sign, a token also costs where the policy finds it less probable than the reference
      * does; with one, it earns there. Of the three estimates from the drawn token alone, only the
      * signed one has the KL as its mean. */
-    if (strcmp(kind, "abs") == 0)
+    switch (kind) {
+    case KL_PENALTY_ABS:
         return fabsf(difference);
-    if (strcmp(kind, "mse") == 0)
+    case KL_PENALTY_MSE:
         return 0.5f * difference * difference;
-    return strcmp(kind, "full") == 0 ? full : difference;
+    case KL_PENALTY_FULL:
+        return full;
+    default:
+        return difference;
+    }
 }
 
 /* kl_reward -- the reward of a token for its divergence: usually negative, since it is a cost.
@@ -6143,6 +6151,20 @@ static volatile sig_atomic_t interrupted;
 
 /* ---- Settings ------------------------------------------------------------------------------- */
 
+/* How the learning rate changes during a training: see schedule_factor. */
+enum SchedulerType {
+    SCHEDULER_LINEAR,
+    SCHEDULER_COSINE,
+    SCHEDULER_CONSTANT,
+    SCHEDULER_CONSTANT_WITH_WARMUP
+};
+
+/* The optimizer. transformers has several names for AdamW, which stand for the same formula. */
+enum Optim { OPTIM_ADAMW, OPTIM_ADAMW_TORCH, OPTIM_ADAMW_TORCH_FUSED, OPTIM_SGD };
+
+/* The order of the rows in an epoch: shuffled, or as they stand in the data set. */
+enum SamplingStrategy { SAMPLING_RANDOM, SAMPLING_SEQUENTIAL };
+
 /* TrainingArguments of transformers, in its names. */
 struct TrainingArguments {
     double learning_rate; /* the highest; see schedule_factor */
@@ -6156,9 +6178,9 @@ struct TrainingArguments {
     size_t logging_steps, eval_steps; /* steps per log entry, steps per evaluation */
     size_t max_length; /* the most tokens a row may have */
     size_t per_device_eval_batch_size;
-    const char *lr_scheduler_type; /* linear, cosine, constant, constant_with_warmup */
-    const char *train_sampling_strategy; /* random, sequential */
-    const char *optim; /* adamw, sgd */
+    enum SchedulerType lr_scheduler_type;
+    enum SamplingStrategy train_sampling_strategy;
+    enum Optim optim;
     uint64_t seed;
     double lr_end; /* linear decay ends at this share of the learning rate */
     const char *output_dir, *resume_from_checkpoint; /* output_dir NULL: no checkpoints */
@@ -6184,9 +6206,9 @@ static struct TrainingArguments training_arguments(void) {
         .logging_steps = 10,
         .max_length = 1024,
         .per_device_eval_batch_size = 8,
-        .lr_scheduler_type = "linear",
-        .train_sampling_strategy = "random",
-        .optim = "adamw",
+        .lr_scheduler_type = SCHEDULER_LINEAR,
+        .train_sampling_strategy = SAMPLING_RANDOM,
+        .optim = OPTIM_ADAMW,
         .seed = 42,
         .save_steps = 500,
     };
@@ -6289,7 +6311,7 @@ static struct OptimizerStep optimizer_step_of(const struct TrainingArguments *ar
                                               size_t t, double clip, double weight_decay) {
     return (struct OptimizerStep){
         /* used by both rules */
-        .is_sgd = strcmp(args->optim, "sgd") == 0,
+        .is_sgd = args->optim == OPTIM_SGD,
         .lr = (float)lr,
         .clip = (float)clip,
         .weight_decay = (float)weight_decay,
@@ -6429,8 +6451,8 @@ static double optimizer_step(struct GPT2 *model, const struct TrainingArguments 
  * By hand: 10 steps, warm-up 2: linear 0, 0.5, 1, 0.875; cosine at step 4: a quarter of the way,
  * 0.5 (1 + cos 45 degrees) = 0.8536.                                             test: schedule */
 static double schedule_factor(const struct TrainingArguments *args, size_t step, size_t total) {
-    const char *type = args->lr_scheduler_type;
-    if (strcmp(type, "constant") == 0)
+    enum SchedulerType type = args->lr_scheduler_type;
+    if (type == SCHEDULER_CONSTANT)
         return 1;
 
     /* 1. the warm-up, given in steps or as a share of all steps */
@@ -6439,7 +6461,7 @@ static double schedule_factor(const struct TrainingArguments *args, size_t step,
     double at = (double)step;
     if (at < warmup)
         return at / MAX(1.0, warmup);
-    if (strcmp(type, "constant_with_warmup") == 0)
+    if (type == SCHEDULER_CONSTANT_WITH_WARMUP)
         return 1;
 
     /* 2. progress from the end of the warm-up, 0, to the end of the training, 1 */
@@ -6447,7 +6469,7 @@ static double schedule_factor(const struct TrainingArguments *args, size_t step,
     double progress = MIN(1.0, (at - warmup) / decay_steps);
 
     /* 3. the way down */
-    if (strcmp(type, "cosine") == 0)
+    if (type == SCHEDULER_COSINE)
         return 0.5 * (1 + cos(3.14159265358979323846 * progress));
     return args->lr_end + (1 - args->lr_end) * (1 - progress);
 }
@@ -6757,7 +6779,7 @@ static size_t *epoch_order(const struct TrainingArguments *args, struct Arena *a
     /* Unshuffled, a sorted file (all good reviews, then all bad ones) would show each step only one
      * kind, and the model would remember best what it saw last. */
     struct Rng rng = rng_seed(args->seed + epoch, stream);
-    if (strcmp(args->train_sampling_strategy, "sequential") != 0)
+    if (args->train_sampling_strategy == SAMPLING_RANDOM)
         rng_shuffle(&rng, order, n);
     return order;
 }
@@ -7881,7 +7903,7 @@ static struct PPOConfig ppo_config(void) {
         .adap_kl_ctrl = true,
         .target = 6,
         .horizon = 10000,
-        .kl_penalty = "kl",
+        .kl_penalty = KL_PENALTY_KL,
 
         /* advantages, and the losses */
         .gamma = 1,
@@ -8461,7 +8483,7 @@ static struct PPOBatch ppo_evaluate_rollouts(struct RolloutTrainer *trainer,
 
     /* 2. The exact KL takes both models' output layers, which are at hand only here. */
     ppo_batch_columns(&p, arena);
-    if (strcmp(trainer->ppo.config.kl_penalty, "full") == 0)
+    if (trainer->ppo.config.kl_penalty == KL_PENALTY_FULL)
         kl_full_rows(trainer->model, &forward->head, trainer->ref_model, &ref_head, p.kl);
 
     /* 3. TRL's rows are as long as the longest sequence of the batch (ppo_padding_advantage) */
@@ -14362,7 +14384,7 @@ enum { MOST_FLAGS = 160 };
 struct Options {
     const char *model_name_or_path, *ref_model, *reward_model_path, *dataset_name, *eval_dataset,
         *tokenizer, *prompt, *rollouts, *loss_type, *loss_weights, *file;
-    const char *peft_adapter, *baseline, *command; /* command: the command line */
+    const char *peft_adapter, *command; /* command: the command line */
     struct Adapter lora; /* of a new adapter */
     struct TrainingArguments train;
     struct PPOConfig ppo;
@@ -14400,8 +14422,20 @@ struct Options {
 
 /* ---- Flags ---------------------------------------------------------------------------------- */
 
-/* How a flag's value is stored. TYPE_STOPPING is enum EarlyStopping. */
-enum Type { TYPE_STRING, TYPE_BOOL, TYPE_STOPPING, TYPE_SEED, TYPE_SIZE, TYPE_DOUBLE };
+/* How a flag's value is read and stored. */
+enum Type {
+    TYPE_STRING,
+    TYPE_TEXT, /* a string that may be empty */
+    TYPE_LIST, /* all words up to the next flag, as one string */
+    TYPE_CHOICE, /* one of the names in `expected`, stored as its place there: an enum */
+    TYPE_BOOL,
+    TYPE_STOPPING, /* enum EarlyStopping: a boolean or "never" */
+    TYPE_SEED, /* uint64_t; all other whole numbers are size_t */
+    TYPE_SIZE,
+    TYPE_STEPS, /* -1 means "not set", as in transformers, and is stored as 0 */
+    TYPE_WARMUP, /* a number below 1 is a share, and is stored in warmup_ratio */
+    TYPE_DOUBLE
+};
 
 /* What a flag's value may be: the range of a number, and `expected`, the same in words. */
 struct Kind {
@@ -14409,18 +14443,25 @@ struct Kind {
     double least, most;
     const char *expected;
 };
-static const struct Kind KIND_TEXT = {TYPE_STRING, 0, 0, ""}; /* the only one that may be empty */
 static const struct Kind KIND_STRING = {TYPE_STRING, 0, 0, ""};
-static const struct Kind KIND_NAME = {TYPE_STRING, 0, 0, ""}; /* one of the names in its help */
-static const struct Kind KIND_LIST = {TYPE_STRING, 0, 0, ""}; /* all words up to the next flag */
+static const struct Kind KIND_TEXT = {TYPE_TEXT, 0, 0, ""};
+static const struct Kind KIND_LIST = {TYPE_LIST, 0, 0, ""};
+/* the names in the order of enum SchedulerType, Optim, SamplingStrategy, KLPenalty, Baseline */
+static const struct Kind KIND_SCHEDULER = {TYPE_CHOICE, 0, 0,
+                                           "linear, cosine, constant, constant_with_warmup"};
+static const struct Kind KIND_OPTIM = {TYPE_CHOICE, 0, 0,
+                                       "adamw, adamw_torch, adamw_torch_fused, sgd"};
+static const struct Kind KIND_ROW_ORDER = {TYPE_CHOICE, 0, 0, "random, sequential"};
+static const struct Kind KIND_KL_PENALTY = {TYPE_CHOICE, 0, 0, "kl, abs, mse, full"};
+static const struct Kind KIND_BASELINE = {TYPE_CHOICE, 0, 0, "none, mean, rloo"};
 static const struct Kind KIND_BOOL = {TYPE_BOOL, 0, 0, "true or false"};
 static const struct Kind KIND_STOPPING = {TYPE_STOPPING, 0, 0, "true or false or never"};
 static const struct Kind KIND_SEED = {TYPE_SEED, 0, 0x1p64, "a whole number, 0 or more"};
 static const struct Kind KIND_SIZE = {TYPE_SIZE, 0, 0x1p40, "a whole number, 0 to 2^40"};
-static const struct Kind KIND_STEPS = {TYPE_SIZE, 0, 0x1p40, "a whole number, 0 to 2^40"};
+static const struct Kind KIND_STEPS = {TYPE_STEPS, 0, 0x1p40, "a whole number, 0 to 2^40"};
 static const struct Kind KIND_COUNT = {TYPE_SIZE, 1, 0x1p40, "a whole number, 1 to 2^40"};
 static const struct Kind KIND_BATCH = {TYPE_SIZE, 1, 4096, "a whole number, 1 to 4096"};
-static const struct Kind KIND_WARMUP = {TYPE_SIZE, 0, 0x1p40, "a number from 0 to 2^40"};
+static const struct Kind KIND_WARMUP = {TYPE_WARMUP, 0, 0x1p40, "a number from 0 to 2^40"};
 static const struct Kind KIND_DOUBLE = {TYPE_DOUBLE, -FLT_MAX, FLT_MAX, "a number"};
 static const struct Kind KIND_POSITIVE = {TYPE_DOUBLE, FLT_MIN, FLT_MAX, "a number above 0"};
 static const struct Kind KIND_WEIGHT = {TYPE_DOUBLE, 0, FLT_MAX, "a number, 0 or more"};
@@ -14478,12 +14519,11 @@ static const struct Flag FLAGS[] = {
     {NAMED(help), &KIND_BOOL, ALL_COMMANDS, "this page; also -h"},
     HEADING("Training"),
     {OF(train, learning_rate), &KIND_WEIGHT, TRAINING, "at its highest"},
-    {OF(train, lr_scheduler_type), &KIND_NAME, TRAINING,
-     "linear, cosine, constant, constant_with_warmup"},
+    {OF(train, lr_scheduler_type), &KIND_SCHEDULER, TRAINING, ""},
     {OF(train, warmup_steps), &KIND_WARMUP, TRAINING,
      "steps over which the learning rate rises from 0; below 1: a share of all steps"},
     {OF(train, warmup_ratio), &KIND_SHARE, TRAINING, "the same as a share of all steps"},
-    {OF(train, optim), &KIND_NAME, TRAINING, "adamw, adamw_torch, adamw_torch_fused, sgd"},
+    {OF(train, optim), &KIND_OPTIM, TRAINING, ""},
     {OF(train, adam_beta1), &KIND_DECAY, TRAINING, "decay of the gradient's running mean"},
     {OF(train, adam_beta2), &KIND_DECAY, TRAINING, "decay of the squared gradient's running mean"},
     {OF(train, adam_epsilon), &KIND_POSITIVE, TRAINING, "added to its square root"},
@@ -14510,7 +14550,7 @@ static const struct Flag FLAGS[] = {
      "steps between evaluations; default: at the end"},
     {OF(train, max_length), &KIND_COUNT, BATCH_TRAINING ", logprob, score, eval",
      "longest sequence in tokens"},
-    {OF(train, train_sampling_strategy), &KIND_NAME, BATCH_TRAINING, "random, sequential"},
+    {OF(train, train_sampling_strategy), &KIND_ROW_ORDER, BATCH_TRAINING, ""},
     HEADING("A new model"),
     {OF(config, n_layer), &KIND_COUNT, "pretrain, exact", "blocks of a new model"},
     {OF(config, n_head), &KIND_COUNT, "pretrain, exact", "attention heads"},
@@ -14525,8 +14565,8 @@ static const struct Flag FLAGS[] = {
      "how strongly DPO holds to the reference; at 0 the pairs would not count"},
     {"beta", AT(reinforce.beta), &KIND_WEIGHT, "reinforce, exact",
      "price of a nat of KL(policy || reference)"},
-    {NAMED(baseline), &KIND_STRING, "reinforce",
-     "subtracted from the reward: none, mean (of earlier steps), rloo (leave one out)"},
+    {OF(reinforce, baseline), &KIND_BASELINE, "reinforce",
+     "subtracted from the reward; mean: of earlier steps, rloo: leave one out"},
     {OF(reinforce, num_generations), &KIND_COUNT, "reinforce, collect", "answers to each prompt"},
     {NAMED(max_samples), &KIND_SIZE, "collect, eval", "prompts used, from the first; 0: all"},
     {NAMED(loss_type), &KIND_LIST, "dpo, reward",
@@ -14546,7 +14586,7 @@ static const struct Flag FLAGS[] = {
     {OF(ppo, adap_kl_ctrl), &KIND_BOOL, "ppo", "adapt it towards --target"},
     {OF(ppo, target), &KIND_POSITIVE, "ppo", "KL that the controller aims at"},
     {OF(ppo, horizon), &KIND_POSITIVE, "ppo", "samples over which it does"},
-    {OF(ppo, kl_penalty), &KIND_NAME, "ppo", "kl, abs, mse, full"},
+    {OF(ppo, kl_penalty), &KIND_KL_PENALTY, "ppo", ""},
     {OF(ppo, gamma), &KIND_SHARE, "ppo", "discount"},
     {OF(ppo, lam), &KIND_SHARE, "ppo", "lambda of GAE"},
     {OF(ppo, cliprange), &KIND_WEIGHT, "ppo", "of the probability ratio"},
@@ -15278,7 +15318,6 @@ static void command_ppo(struct Options *o) {
 
 static void command_reinforce(struct Options *o) {
     struct ReinforceConfig *c = &o->reinforce;
-    c->baseline = (enum Baseline)choice("baseline", o->baseline, "none, mean, rloo");
     CHECK(c->batch_size % c->num_generations == 0,
           "--batch_size %zu must be a multiple of --num_generations %zu", c->batch_size,
           c->num_generations);
@@ -16262,15 +16301,15 @@ static _Noreturn void die_value(const struct Flag *flag, const char *value, cons
 static void parse_number(struct Options *o, const struct Flag *flag, const char *value) {
     void *to = (char *)o + flag->offset;
     const struct Kind *kind = flag->kind;
-    bool warmup = kind == &KIND_WARMUP;
+    bool warmup = kind->type == TYPE_WARMUP;
     bool whole = kind->type != TYPE_DOUBLE && !warmup;
     char bounds[64] = "";
     char *end = NULL;
 
     /* 1. Read it, up to the word's end. strtoull accepts "-3" and " 3", so the first character must
      *    be a digit. strtod accepts "nan", which fails the comparisons below. */
-    if (kind == &KIND_STEPS && strcmp(value, "-1") == 0)
-        value = "0"; /* HF's "not set" */
+    if (kind->type == TYPE_STEPS && strcmp(value, "-1") == 0)
+        value = "0";
     errno = 0;
     unsigned long long size = strtoull(value, &end, 10);
     double number = whole ? (double)size : strtod(value, &end);
@@ -16288,39 +16327,43 @@ static void parse_number(struct Options *o, const struct Flag *flag, const char 
         o->train.warmup_ratio = number;
     if (kind->type == TYPE_SEED)
         *(uint64_t *)to = size;
-    else if (kind->type == TYPE_SIZE)
-        *(size_t *)to = whole ? (size_t)size : (size_t)number;
-    else
+    else if (kind->type == TYPE_DOUBLE)
         *(double *)to = number;
+    else
+        *(size_t *)to = whole ? (size_t)size : (size_t)number;
 }
 
 /* Checks and stores a flag's value, which is NULL if the flag is bare. */
 static void parse_flag(struct Options *o, const struct Flag *flag, const char *value) {
     void *to = (char *)o + flag->offset;
-    const struct Kind *kind = flag->kind;
-    bool boolean = kind->type == TYPE_BOOL || kind->type == TYPE_STOPPING;
+    enum Type type = flag->kind->type;
+    const char *meaning = *flag->help ? flag->help : flag->kind->expected;
+    bool boolean = type == TYPE_BOOL || type == TYPE_STOPPING;
     bool truth = true;
-    /* 1. A boolean or a number. A bare boolean is true; early_stopping has a third value. */
-    bool never = kind->type == TYPE_STOPPING && value && strcmp(value, "never") == 0;
+
+    /* 1. A bare boolean is true; early_stopping has a third value. */
+    bool never = type == TYPE_STOPPING && value && strcmp(value, "never") == 0;
     if (boolean && value && !never && !parse_bool(value, &truth))
         die_value(flag, value, "");
-    if (!boolean && !value)
-        die_usage("--%s needs a value (%s)", flag->name, flag->help);
-    if (kind->type == TYPE_BOOL)
-        *(bool *)to = truth;
-    else if (kind->type == TYPE_STOPPING)
-        *(enum EarlyStopping *)to = never ? STOP_NEVER : truth ? STOP_TRUE : STOP_FALSE;
-    else if (kind->type != TYPE_STRING)
-        parse_number(o, flag, value);
-    if (kind->type != TYPE_STRING)
-        return;
 
-    /* 2. A string. Only a prompt may be empty; a name must be one that the flag's help lists. */
-    if (!value[strspn(value, " ,")] && kind != &KIND_TEXT)
-        die_usage("--%s \"%s\" is empty; a value was expected (%s)", flag->name, value, flag->help);
-    if (kind == &KIND_NAME)
-        choice(flag->name, value, flag->help);
-    *(const char **)to = value;
+    /* 2. All others need a value, which may be empty only for a text. */
+    bool is_word = type == TYPE_STRING || type == TYPE_LIST || type == TYPE_CHOICE;
+    if (!boolean && !value)
+        die_usage("--%s needs a value (%s)", flag->name, meaning);
+    if (is_word && !value[strspn(value, " ,")])
+        die_usage("--%s \"%s\" is empty; a value was expected (%s)", flag->name, value, meaning);
+
+    /* 3. Store it. */
+    if (type == TYPE_BOOL)
+        *(bool *)to = truth;
+    else if (type == TYPE_STOPPING)
+        *(enum EarlyStopping *)to = never ? STOP_NEVER : truth ? STOP_TRUE : STOP_FALSE;
+    else if (type == TYPE_CHOICE)
+        *(int *)to = (int)choice(flag->name, value, flag->kind->expected);
+    else if (is_word || type == TYPE_TEXT)
+        *(const char **)to = value;
+    else
+        parse_number(o, flag, value);
 }
 
 static bool is_flag(const char *word) {
@@ -16358,7 +16401,7 @@ static const char *value_after(const struct Flag *flag, const struct Command *co
     bool truth;
     if (!next || (is_flag(next) && !strchr(next, ' ')))
         return NULL;
-    if (flag->kind != &KIND_BOOL || !list_has(WITH_WORDS, command->name))
+    if (flag->kind->type != TYPE_BOOL || !list_has(WITH_WORDS, command->name))
         return next;
     return strlen(next) >= strlen("true") && parse_bool(next, &truth) ? next : NULL;
 }
@@ -16379,7 +16422,7 @@ static int take_flag(struct Options *o, const struct Command *command, char **ar
     const char *positive = strncmp(name, "no_", 3) == 0 ? name + 3 : name;
     const struct Flag *flag = exact_flag(name, command);
     const struct Flag *negated = flag ? NULL : exact_flag(positive, command);
-    if (negated && negated->kind == &KIND_BOOL) {
+    if (negated && negated->kind->type == TYPE_BOOL) {
         if (equals)
             die_usage("--%s takes no value; give --%s true or false", name, negated->name);
         o->given[negated - FLAGS] = true;
@@ -16404,7 +16447,7 @@ static int take_flag(struct Options *o, const struct Command *command, char **ar
     int taken = value && !equals;
     parse_flag(o, flag, value);
     o->given[flag - FLAGS] = true;
-    if (flag->kind != &KIND_LIST || equals)
+    if (flag->kind->type != TYPE_LIST || equals)
         return taken;
 
     /* 4. A list takes all words up to the next flag: --loss_type sigmoid sft. */
@@ -16439,9 +16482,9 @@ static void note_idle_flags(struct Options *o, const struct Command *command) {
 
     /* 2. How it is trained, and with what objective. */
     note_idle(o, train->max_steps > 0, "num_train_epochs", "--max_steps decides");
-    note_idle(o, strcmp(train->optim, "sgd") == 0, "adam_beta1, adam_beta2, adam_epsilon",
+    note_idle(o, train->optim == OPTIM_SGD, "adam_beta1, adam_beta2, adam_epsilon",
               "--optim sgd keeps no running means");
-    note_idle(o, strcmp(train->lr_scheduler_type, "constant") == 0, "warmup_steps, warmup_ratio",
+    note_idle(o, train->lr_scheduler_type == SCHEDULER_CONSTANT, "warmup_steps, warmup_ratio",
               "--lr_scheduler_type constant has no warm-up, constant_with_warmup has");
     note_idle(o, train->warmup_steps > 0, "warmup_ratio", "--warmup_steps decides");
     note_idle(o, !train->save_steps, "save_total_limit", "--save_steps 0 leaves no checkpoints");
@@ -16557,18 +16600,27 @@ static const char *flag_value(struct Options *o, const struct Flag *flag) {
     static const char *const stopping[] =
         {[STOP_FALSE] = "false", [STOP_TRUE] = "true", [STOP_NEVER] = "never"};
     const void *at = (const char *)o + flag->offset;
-    enum Type type = flag->kind->type;
-    if (type == TYPE_STRING)
+    const char *names = flag->kind->expected;
+    switch (flag->kind->type) {
+    case TYPE_STRING:
+    case TYPE_TEXT:
+    case TYPE_LIST:
         return *(const char *const *)at ? *(const char *const *)at : "";
-    if (type == TYPE_BOOL)
+    case TYPE_CHOICE:
+        for (int i = *(const int *)at; i > 0; i--)
+            take_name(&o->arena, &names);
+        return take_name(&o->arena, &names);
+    case TYPE_BOOL:
         return *(const bool *)at ? "true" : "false";
-    if (type == TYPE_STOPPING)
+    case TYPE_STOPPING:
         return stopping[*(const enum EarlyStopping *)at];
-    if (type == TYPE_SEED)
+    case TYPE_SEED:
         return arena_printf(&o->arena, "%llu", (unsigned long long)*(const uint64_t *)at);
-    if (type == TYPE_SIZE)
+    case TYPE_DOUBLE:
+        return arena_printf(&o->arena, "%g", *(const double *)at);
+    default:
         return arena_printf(&o->arena, "%zu", *(const size_t *)at);
-    return arena_printf(&o->arena, "%g", *(const double *)at);
+    }
 }
 
 /* Prints words in lines of at most 100 columns. `indent`: the column where the first line begins,
@@ -16612,8 +16664,9 @@ static void print_help(const struct Command *command) {
         const char *value = flag_value(&defaults, flag);
         const char *expected = flag->kind->expected;
         printf("  --%-*s", INDENT - 4, flag->name);
+        const char *colon = *expected && *flag->help ? ": " : "";
         print_wrapped(arena_printf(&defaults.arena, "%s%s%s%s%s%s", *value ? "[" : "", value,
-                                   *value ? "] " : "", expected, *expected ? ": " : "", flag->help),
+                                   *value ? "] " : "", expected, colon, flag->help),
                       INDENT);
     }
     options_close(&defaults);

@@ -1263,22 +1263,27 @@ static struct PPOBatch golden_batch(void) {
 /* Penalties of every kind -> rewards, against TRL's compute_rewards. */
 static void test_ppo_penalties_golden(void) {
     static const struct {
-        const char *kind;
+        const char *name;
+        enum KLPenalty kind;
         double want[13];
     } kinds[] = {
         {"kl",
+         KL_PENALTY_KL,
          {-0.0447210558, -0.00583171844, -0.00737466803, -0.0406970643, -0.0323995724, 1.51447213,
           -0.0565480255, -0.085784696, -0.00794322509, -0.677197397, -0.167293116, -0.14993149,
           0.317258418}},
         {"abs",
+         KL_PENALTY_ABS,
          {-0.0447210558, -0.00583171844, -0.00737466803, -0.0406970643, -0.0323995724, 1.48552787,
           -0.0565480255, -0.085784696, -0.00794322509, -0.822802603, -0.167293116, -0.14993149,
           0.182741582}},
         {"mse",
+         KL_PENALTY_MSE,
          {-0.0049999319, -8.50223514e-05, -0.000135964336, -0.0041406271, -0.00262433058,
           1.49947643, -0.00799419731, -0.0183975361, -0.000157737057, -0.76325053, -0.0699674711,
           -0.0561986268, 0.238690764}},
         {"full",
+         KL_PENALTY_FULL,
          {-0.0918063447, -0.140480131, -0.440289229, -0.312611669, -0.51923573, 0.962782681,
           -0.512489557, -0.408486336, -0.2191315, -1.06922829, -0.21849966, -0.40566054,
           -0.262236834}},
@@ -1298,7 +1303,7 @@ static void test_ppo_penalties_golden(void) {
                 double reward =
                     -0.2 * kl_penalty_token(kinds[k].kind, p.logprobs[t], p.ref_logprobs[t], full)
                     + (t + 1 == GOLDEN_START[b + 1] ? (double[]){1.5, -0.75, 0.25}[b] : 0);
-                expect_close(kinds[k].kind, reward, kinds[k].want[t], 2e-6);
+                expect_close(kinds[k].name, reward, kinds[k].want[t], 2e-6);
             }
 }
 
@@ -1379,7 +1384,7 @@ static void test_gae_hand(void) {
     float advantages[3];
     float returns[3];
     for (size_t t = 0; t < 3; t++) {
-        float kl = kl_penalty_token("kl", logprob[t], ref_logprob[t], 0);
+        float kl = kl_penalty_token(KL_PENALTY_KL, logprob[t], ref_logprob[t], 0);
         rewards[t] = kl_reward(0.2, kl) + (t == 2 ? 1 : 0);
     }
     gae(&config, 3, rewards, values, 0, advantages, returns);
@@ -1387,8 +1392,8 @@ static void test_gae_hand(void) {
     expect_floats("advantages", advantages, (double[]){0.3187, 0.546, 0.68}, 3, 1e-6);
     expect_floats("returns", returns, (double[]){0.8187, 0.946, 0.98}, 3, 1e-6);
     expect_close("a negative divergence earns", kl_reward(0.2, -0.3f), 0.06, 1e-7);
-    expect_close("abs", kl_penalty_token("abs", -1.7f, -1.2f, 0), 0.5, 1e-6);
-    expect_close("mse", kl_penalty_token("mse", -1.2f, -1.7f, 0), 0.125, 1e-6);
+    expect_close("abs", kl_penalty_token(KL_PENALTY_ABS, -1.7f, -1.2f, 0), 0.5, 1e-6);
+    expect_close("mse", kl_penalty_token(KL_PENALTY_MSE, -1.2f, -1.7f, 0), 0.125, 1e-6);
 
     /* lambda 0: the surprise alone; lambda 1 with gamma 1: all later rewards less the value */
     expect_close("lambda 0", gae_step(0.1, 0.5, 0.7, 9, 1, 0), 0.3, 1e-12);
@@ -3890,7 +3895,7 @@ static void test_adamw_hand(void) {
     expect_floats("second step with decay", t.w, (double[]){0.9 * 0.95 - 0.1, -0.9 * 0.95 + 0.1}, 2,
                   4e-6);
     t.ndim = 1; /* vectors do not decay */
-    args.optim = "sgd";
+    args.optim = OPTIM_SGD;
     args.max_grad_norm = 0;
     memcpy(t.d, (float[]){300, -400}, sizeof(float[2]));
     optimizer_step(&model, &args, 0.001, 3);
@@ -3941,21 +3946,26 @@ static void test_adamw_golden(void) {
 static void test_schedule(void) {
     static const struct {
         const char *name;
+        enum SchedulerType type;
         double want[11];
     } types[] = {
         {"linear",
+         SCHEDULER_LINEAR,
          {0, 0.333333333, 0.666666667, 1, 0.857142857, 0.714285714, 0.571428571, 0.428571429,
           0.285714286, 0.142857143, 0}},
         {"cosine",
+         SCHEDULER_COSINE,
          {0, 0.333333333, 0.666666667, 1, 0.950484434, 0.811744901, 0.611260467, 0.388739533,
           0.188255099, 0.049515566, 0}},
-        {"constant", {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}},
-        {"constant_with_warmup", {0, 0.333333333, 0.666666667, 1, 1, 1, 1, 1, 1, 1, 1}},
+        {"constant", SCHEDULER_CONSTANT, {1, 1, 1, 1, 1, 1, 1, 1, 1, 1, 1}},
+        {"constant_with_warmup",
+         SCHEDULER_CONSTANT_WITH_WARMUP,
+         {0, 0.333333333, 0.666666667, 1, 1, 1, 1, 1, 1, 1, 1}},
     };
     struct TrainingArguments args = training_arguments();
     args.warmup_steps = 3;
     for (size_t i = 0; i < COUNT(types); i++) {
-        args.lr_scheduler_type = types[i].name;
+        args.lr_scheduler_type = types[i].type;
         for (size_t step = 0; step <= 10; step++)
             expect_close(types[i].name, schedule_factor(&args, step, 10), types[i].want[step],
                          1e-9);
@@ -3969,9 +3979,9 @@ static void test_schedule_hand(void) {
     for (size_t step = 0; step < 4; step++)
         expect_close("linear, 10 steps, warm-up 2", schedule_factor(&args, step, 10),
                      (double[]){0, 0.5, 1, 0.875}[step], 1e-12);
-    args.lr_scheduler_type = "cosine";
+    args.lr_scheduler_type = SCHEDULER_COSINE;
     expect_close("cosine, a quarter of the way", schedule_factor(&args, 4, 10), 0.8536, 5e-5);
-    args.lr_scheduler_type = "linear";
+    args.lr_scheduler_type = SCHEDULER_LINEAR;
     args.warmup_steps = 0;
     args.warmup_ratio = 0.15;
     for (size_t step = 0; step < 4; step++)
@@ -4304,7 +4314,7 @@ static void test_language_pack(void) {
     for (size_t length = 1; length < 40; length += 3) {
         struct Trainer trainer = {.args = training_arguments()};
         trainer.args.max_length = length;
-        trainer.args.train_sampling_strategy = "sequential";
+        trainer.args.train_sampling_strategy = SAMPLING_SEQUENTIAL;
         struct LanguageTask *task = pretrain_task(&trainer, &test_arena, texts, 5, texts, 5);
         trainer.task.new_epoch(&trainer, 0);
         expect_count("rows", trainer.task.n, (total - 1) / length);
@@ -4800,7 +4810,7 @@ static void test_ppo_loss_golden(void) {
         }
     }
     for (size_t t = 0; t < 13; t++) {
-        p.kl[t] = kl_penalty_token("kl", p.logprobs[t], p.ref_logprobs[t], 0);
+        p.kl[t] = kl_penalty_token(KL_PENALTY_KL, p.logprobs[t], p.ref_logprobs[t], 0);
         p.non_score_rewards[t] = kl_reward(0.2, p.kl[t]);
     }
     ppo_record_stats(&ppo, rollouts, &p, (float[]){1.5f, -0.75f, 0.25f}, stats, 1);
@@ -4823,7 +4833,7 @@ static struct RolloutTrainer *ppo_of(struct PPOConfig config, double learning_ra
     struct TrainingArguments args = training_arguments();
     args.learning_rate = learning_rate;
     args.max_grad_norm = 0;
-    args.lr_scheduler_type = "constant";
+    args.lr_scheduler_type = SCHEDULER_CONSTANT;
     for (size_t i = 0; i < 4; i++) {
         size_t query = 2 + i % 3;
         size_t response = 3 + 2 * i;
@@ -4878,7 +4888,7 @@ static void test_ppo_step(void) {
         struct Rollout rollouts[4];
         struct PPOConfig config = ppo_config();
         config.mini_batch_size = 2;
-        config.kl_penalty = full ? "full" : "kl";
+        config.kl_penalty = full ? KL_PENALTY_FULL : KL_PENALTY_KL;
         struct RolloutTrainer *ppo = ppo_of(config, 0, rollouts);
         struct PPOBatch p = ppo_evaluate_rollouts(ppo, rollouts);
         ppo_rewards(ppo, &p, (float[]){-1, 0, 1, 2});
@@ -5048,7 +5058,7 @@ static void test_ppo_raises_reward(void) {
     struct TrainingArguments args = training_arguments();
     struct PPOConfig config = ppo_config();
     args.learning_rate = 4e-3;
-    args.lr_scheduler_type = "constant";
+    args.lr_scheduler_type = SCHEDULER_CONSTANT;
     config.batch_size = config.mini_batch_size = SHARE_B;
     config.init_kl_coef = 0.02;
     struct RolloutTrainer *ppo = ppo_trainer_new(model, ref_model, config, args, 1);
@@ -5219,7 +5229,7 @@ static void test_reinforce_raises_reward(void) {
         };
         struct TrainingArguments args = training_arguments();
         args.learning_rate = 1e-2;
-        args.lr_scheduler_type = "constant";
+        args.lr_scheduler_type = SCHEDULER_CONSTANT;
         struct RolloutTrainer *trainer = reinforce_trainer_new(model, ref_model, config, args, 1);
         trainer->total_steps = STEPS;
         double first = 0;
