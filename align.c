@@ -61,7 +61,7 @@
  *   ppo_step                the seven steps of PPO on a real model
  * Other paths. What is a policy, an omega, a rollout? Chapters 4, 2, 17. How does a transformer
  * learn at all? Chapters 9, 10, 11, 15. How does a gradient reach the embedding? The drawing that
- * opens chapter 17, and from there upwards. How is a token chosen? Chapter 6. By term:
+ * opens chapter 17, then the functions it names. How is a token chosen? Chapter 6. By term:
  * [glossary: TERM] marks the place where a term is implemented. The terms are those of the course's
  * glossary, in Portuguese, and a few more; `align glossary TERM` prints an entry in both languages.
  *
@@ -190,8 +190,8 @@ static size_t peak_rss_bytes(void); /* the most memory that the program has had 
  * Every later chapter builds on this one; a first reader may still begin with chapter 2.
  *
  * Errors. There is one way to fail: CHECK(condition, "what, where, found and expected, what to
- * do") prints one line and ends the program with status 1. A wrong command line ends with status
- * 2.
+ * do") prints one line and ends the program with status 1. An unknown command, flag or value ends
+ * it with status 2.
  *
  * Random numbers. Everything random follows from --seed: the same seed gives the same bits.
  *
@@ -950,7 +950,8 @@ static double sentiment_loss(const float *reward, const double *label, size_t n,
  * right on average, however far off each single one is. grad is the derivative by all weights.
  * The KL term ties the policy to the reference, the model before training: without it the policy
  * would find whatever nonsense fools the reward model. beta is the price of a nat of KL. The score
- * is the judge's; R(y) is the score minus that price; a token's reward is its share of R(y).
+ * is the judge's; R(y) = score - beta (log pi(y) - log pi_ref(y)); a token's reward is its share
+ * of R(y).
  *
  * The chapter goes one step at a time; each step mends a weakness of the one before:
  *   REINFORCE        score times grad log pi: unbiased, but very noisy
@@ -982,10 +983,10 @@ static double sentiment_loss(const float *reward, const double *label, size_t n,
  * The last line is what goes back into the model: " very" is to become less probable, "." more,
  * and " good" is not pushed any further by its own loss. It may still move, by other tokens'
  * gradients and Adam's momentum: its ratio, 1.2214, is beyond 1.2 already.
- * All three tokens went better than expected: why is " very" lowered? Whitening subtracts their
- * mean, 0.515, and it was the least good of the three. A real batch has thousands of tokens, of
- * good and of bad answers; with one answer alone the example shows the arithmetic, but
- * exaggerates.
+ * All three advantages are positive (two deltas are not, but the last surprise, 0.68, outweighs
+ * them): why is " very" lowered? Whitening subtracts their mean, 0.515, and it was the least good.
+ * A real batch has thousands of tokens, of good and of bad answers; with one answer alone the
+ * example shows the arithmetic, but exaggerates.
  *
  * What enters: log-probabilities, scores and values, per token or per answer. What leaves:
  * losses, and their derivatives by each log-probability and each value.
@@ -1112,9 +1113,6 @@ static double reinforce_loss(const float *advantages, const double *logps, size_
 
 /* ---- Rewards with a KL penalty for each token ----------------------------------------------- */
 
-/* How a token's divergence from the reference is measured: see kl_penalty_token. */
-enum KLPenalty { KL_PENALTY_KL, KL_PENALTY_ABS, KL_PENALTY_MSE, KL_PENALTY_FULL };
-
 /* PPOConfig of TRL 0.11, in its names.             [glossary: Classe de configuração PPO] */
 struct PPOConfig {
     size_t batch_size; /* answers of a step */
@@ -1124,7 +1122,8 @@ struct PPOConfig {
     double init_kl_coef; /* beta at the start         [glossary: Parâmetro Beta (β)] */
     bool adap_kl_ctrl; /* let a controller adapt beta: */
     double target, horizon; /* to this KL, in nats per answer; over about this many answers */
-    enum KLPenalty kl_penalty;
+    /* how a token's divergence is measured: see kl_penalty_token */
+    enum KLPenalty { KL_PENALTY_KL, KL_PENALTY_ABS, KL_PENALTY_MSE, KL_PENALTY_FULL } kl_penalty;
     double gamma, lam; /* discount and lambda of gae_step */
     double cliprange; /* of the ratio, in ppo_token_loss */
     double cliprange_value; /* of the value, in ppo_value_loss */
@@ -1149,16 +1148,11 @@ static float kl_penalty_token(enum KLPenalty kind, float logprob, float ref_logp
     /* Without a sign, a token also costs where the policy finds it less probable than the reference
      * does; with one, it earns there. Of the three estimates from the drawn token alone, only the
      * signed one has the KL as its mean. */
-    switch (kind) {
-    case KL_PENALTY_ABS:
+    if (kind == KL_PENALTY_ABS)
         return fabsf(difference);
-    case KL_PENALTY_MSE:
+    if (kind == KL_PENALTY_MSE)
         return 0.5f * difference * difference;
-    case KL_PENALTY_FULL:
-        return full;
-    default:
-        return difference;
-    }
+    return kind == KL_PENALTY_FULL ? full : difference;
 }
 
 /* kl_reward -- the reward of a token for its divergence: usually negative, since it is a cost.
@@ -1174,8 +1168,9 @@ static float kl_penalty_token(enum KLPenalty kind, float logprob, float ref_logp
  * By hand: beta 0.2: a divergence of 0.50 costs 0.10; one of -0.30 earns 0.06.
  *                                             test: ppo_advantages_golden; gdb: break kl_reward */
 static float kl_reward(double kl_coef, float kl) {
-    /* A divergence costs, hence the minus sign. No gradient flows through this, although pi is in
-     * it: see the essay on REINFORCE, above. */
+    /* A divergence costs, hence the minus sign. It counts as a number: no gradient flows through
+     * the pi in it. For kl the missing term is 0 on average (see the essay on REINFORCE); for abs,
+     * mse and full it is not, and is left out as in TRL. */
     return (float)(-kl_coef * kl);
 }
 
@@ -1209,10 +1204,12 @@ static double kl_controller_update(const struct PPOConfig *config, double kl_coe
  * it, minus what was expected before it. After the last token nothing more comes, whether the
  * answer ended by itself or was cut off at its maximum length, as in TRL: value 0, advantage 0.
  * This is how a score on the last token reaches the first: A_t contains delta_{t+1} times
- * gamma lambda, delta_{t+2} times its square, and so on.
+ * gamma lambda, delta_{t+2} times its square, and so on. In the example the score of 1.0 adds 1 to
+ * the last token's advantage, 0.95 to the one before, 0.95^2 = 0.9025 to the first.
  * gamma discounts: a reward that comes k tokens later counts gamma^k times. Answers are short, so
- * RLHF leaves it at 1. lambda chooses whom to believe. At 0, A_t is delta_t: it trusts what the
- * value head says of the next position (little noise, but wrong as long as the head is). At 1 (with
+ * RLHF leaves it at 1. lambda says how far to trust the value head. At 0, A_t is delta_t: what is
+ * still to come is the head's next guess alone. That has little noise, but is wrong as long as the
+ * head is, and earlier tokens learn of the score only as the head learns to expect it. At 1 (with
  * gamma 1), A_t is the sum of all rewards from t on, minus value_t: what the head says of later
  * positions has cancelled, and value_t is no more than a baseline (unbiased, but noisy). In the
  * chapter's example: -0.20 - 0.10 + 0.68 = 0.38 = (-0.10 + 0 + 0.98) - 0.50.
@@ -1221,7 +1218,7 @@ static double kl_controller_update(const struct PPOConfig *config, double kl_coe
  *                                   test: gae_hand, ppo_advantages_golden; gdb: break gae_step */
 static double gae_step(double reward, double value, double next_value, double next_advantage,
                        double gamma, double lam) {
-    /* 1. The surprise. Good news that was expected is none: only a change of the outlook counts. */
+    /* 1. The surprise. A reward that was expected in full is no surprise: delta is 0. */
     double delta = reward + gamma * next_value - value;
 
     /* 2. Plus a share of all later surprises, already summed in next_advantage: token t may have
@@ -1230,7 +1227,7 @@ static double gae_step(double reward, double value, double next_value, double ne
 }
 
 /* gae -- advantages and returns of one answer of T tokens, from its last token to its first.
- * in   rewards, values (T); next_advantage: what comes after the last token, normally 0
+ * in   rewards, values (T); next_advantage: 0, except in ppo_padding_advantage's case
  * out  advantages (T): how much better each token was than the value head expected
  *      returns (T): advantage + value, the value head's target: its guess, corrected by the
  *      surprises that followed; at lambda 1 (gamma 1) it is the plain sum of rewards from t on
@@ -1276,11 +1273,10 @@ struct TokenLoss {
  * At the first update the policy is the one that sampled: every ratio is 1 and the loss is -A.
  * The advantages of a batch are whitened, so its mean loss is 0; its gradient is not.
  * in   log-probabilities in nats; advantage (whitened); clip_range, usually 0.2
- * By hand, e = 0.2:      A = 2                            A = -2
+ * By hand, e = 0.2 (slope: by logprob, which is the slope by ratio, times ratio):
+ *                        A = 2                            A = -2
  *     ratio 1.5          max(-3.0, -2.4), slope 0         max(3.0, 2.4), slope 3.0
  *     ratio 0.5          max(-1.0, -1.6), slope -1.0      max(1.0, 1.6), slope 0
- * At the upper right a bad token became likelier: it is pushed down. At the lower left a good one
- * became less likely: it is raised.
  *                               test: ppo_token_loss, ppo_loss_golden; gdb: break ppo_token_loss */
 static struct TokenLoss ppo_token_loss(double old_logprob, double logprob, double advantage,
                                        double clip_range) {
@@ -1409,15 +1405,14 @@ static struct PPOLoss ppo_loss(const struct PPOConfig *config, struct PPOTokens 
  * Any policy pi is the best one for some reward: for beta log(pi / pi_ref), plus a constant for
  * each prompt. So take that as the reward, put it into Bradley-Terry's loss, and train pi itself:
  * it is a reward model that is already its own best policy. Only the difference of two rewards
- * counts there, and both answers of a pair belong to the same prompt, so the constant, beta log Z,
- * cancels. Pairs train the policy directly: no reward model, no sampling, no value head.
+ * counts there; both answers of a pair, c chosen and d rejected, belong to the same prompt, so
+ * beta log Z cancels: r(c) - r(d) = beta log(pi(c) / pi_ref(c)) - beta log(pi(d) / pi_ref(d)).
+ * Pairs train the policy directly: no reward model, no sampling, no value head.
  *
  *     reference         chosen -10.0    rejected -12.0        log-probabilities of whole answers
  *     policy            chosen  -8.0    rejected -13.0
  *     implied reward    0.1 * 2.0 = 0.2         0.1 * -1.0 = -0.1       beta = 0.1
  *     loss              -log sigmoid(0.2 - (-0.1)) = 0.5544
- *
- * At the start, where policy and reference agree, the loss was -log sigmoid(0) = ln 2 = 0.6931.
  *
  * What enters: log pi(y|x) of chosen and rejected answers under policy and reference, in nats,
  * each summed over the answer's tokens. What leaves: a loss and its derivatives by them.
@@ -1492,15 +1487,12 @@ struct DPOSide {
  * By the policy's weights it is, by the chain rule,
  *   grad loss = -beta sigmoid(-beta logits) (grad logp_chosen - grad logp_rejected)
  * and since each logp is a sum over tokens, every token of the chosen answer gets dchosen, every
- * token of the rejected one drejected (target_logps_backward). In [5], y_w is the chosen answer,
- * y_l the rejected one, and E_D the mean over pairs.
+ * token of the rejected one drejected (target_logps_backward).
  * The sigmoid says how wrong the policy still is about this pair: a pair that it has learnt pulls
- * less and less. The reference is the zero point: each answer is measured by how far it has risen
- * above what the reference gave it. But the reference sets no limit: the loss goes on falling as
+ * less and less. The reference is the zero point, but no limit: the loss goes on falling as
  * `logits` grows (dpo_ipo_pair has a limit). beta is a temperature: a small one lets the policy go
- * far before a pair is learnt, since `logits` has to be some 1 / beta nats; a large one keeps it
- * near. At the start policy and reference are the same: logits 0, loss ln 2 = 0.6931, whatever
- * beta.
+ * far before a pair is learnt, since `logits` has to reach about 1 / beta nats; a large one keeps
+ * it near. At the start policy and reference agree: logits 0, loss ln 2 = 0.6931 for any beta.
  * By hand: beta 0.1, chosen -8 (reference -10), rejected -13 (-12): logits 2 - (-1) = 3, loss
  * -log sigmoid(0.3) = 0.5544, dchosen -0.1 * sigmoid(-0.3) = -0.0426, drejected 0.0426.
  *                                       test: dpo_hand, dpo_golden; gdb: break dpo_pair_loss */
@@ -1813,9 +1805,9 @@ static void process_top_k(float *logits, size_t V, size_t k) {
             logits[v] = -INFINITY;
 }
 
-/* A token and its logit (or a beam and its score), for sorting. */
+/* Something to sort by a value: a token by its logit or probability, a beam by its score. */
 struct Candidate {
-    float logit;
+    float value;
     int id;
 };
 
@@ -1823,18 +1815,19 @@ struct Candidate {
 static int compare_candidates_down(const void *a, const void *b) {
     const struct Candidate *x = a;
     const struct Candidate *y = b;
-    if (x->logit != y->logit)
-        return (x->logit < y->logit) - (x->logit > y->logit);
+    if (x->value != y->value)
+        return (x->value < y->value) - (x->value > y->value);
     return (x->id > y->id) - (x->id < y->id);
 }
 
-/* The same for top-p, but of equal logits the larger id first: transformers sorts upwards and cuts
- * from below, which leaves, of two tokens with equal logits, the one with the larger id. */
+/* The same for top-p, but of equal logits the larger id first. transformers sorts in ascending
+ * order and removes from the front: of two tokens with equal logits the one with the smaller id
+ * goes first. */
 static int compare_candidates_top_p(const void *a, const void *b) {
     const struct Candidate *x = a;
     const struct Candidate *y = b;
-    if (x->logit != y->logit)
-        return (x->logit < y->logit) - (x->logit > y->logit);
+    if (x->value != y->value)
+        return (x->value < y->value) - (x->value > y->value);
     return (x->id < y->id) - (x->id > y->id);
 }
 
@@ -1851,7 +1844,7 @@ static size_t top_p_cut(const struct Candidate *order, size_t n, double total, d
     while (kept < n && (kept < min_keep || above < p)) {
         /* the test looks at `above` before this token is added: so the token that reaches p stays,
          * and so does the first one, even if it has more than p by itself */
-        above += exp((double)order[kept].logit - order[0].logit) / total;
+        above += exp((double)order[kept].value - order[0].value) / total;
         kept++;
     }
     return kept;
@@ -1862,7 +1855,8 @@ static size_t top_p_cut(const struct Candidate *order, size_t n, double total, d
  * Where the model is sure, these are one or two tokens; where it is not, hundreds.
  * in, out  logits (V); p in [0, 1); min_keep: at least this many stay
  * By hand: probabilities 0.5, 0.3, 0.2. p = 0.45: the first alone, which holds 0.5; p = 0.6: the
- * first two, which hold 0.8. A set that holds exactly p is enough, as in transformers.
+ * first two, which hold 0.8. A set that holds exactly p is enough, as in transformers (elsewhere
+ * the mass must exceed p; only such a set tells the two apart).
  * What is left is divided by its mass in sample_token: 0.5, 0.3 become 0.625, 0.375.
  *                                                                     test: generate_processors */
 static void process_top_p(float *logits, size_t V, double p, size_t min_keep) {
@@ -1879,14 +1873,15 @@ static void process_top_p(float *logits, size_t V, double p, size_t min_keep) {
      *    after top-k. */
     double total = 0;
     for (size_t i = 0; i < n; i++)
-        total += exp((double)order[i].logit - order[0].logit);
+        total += exp((double)order[i].value - order[0].value);
 
     /* 3. Everything after the cut goes. The ids in `order` lead back to the places in logits. */
     for (size_t i = top_p_cut(order, n, total, p, min_keep); i < n; i++)
         logits[order[i].id] = -INFINITY;
 }
 
-/* process_logits -- all processors, in the order of transformers.
+/* process_logits -- all processors, in the order of transformers; sequence_extend (chapter 13)
+ * calls it for each new token.
  * in, out  logits (V)      ids (n): the prompt and what was written; new_tokens: how many of them
  * were written. Without do_sample only steps 1 and 2 act: temperature and cuts keep the argmax.
  *                                                     test: generate_filters_golden */
@@ -1910,7 +1905,8 @@ static void process_logits(float *logits, size_t V, const struct GenerationConfi
         for (size_t v = 0; v < V; v++)
             logits[v] = (float)(logits[v] / config->temperature);
 
-    /* 4. The cuts. A beam whose best token is the end token needs a second one to continue with. */
+    /* 4. The cuts. A beam (chapter 13) whose best token is the end token needs a second one to
+     *    continue with. */
     size_t min_keep = config->num_beams > 1 ? 2 : 1;
     if (config->top_k)
         process_top_k(logits, V, MAX(config->top_k, min_keep));
@@ -2550,7 +2546,9 @@ static void split_implicit_prompt(struct Row *row) {
  *                                    target        6  7  4  3    the 4 after it
  *                                    target_start  0  2  4       sequence 1 has r = 2 and 3
  *
- * Row 2, the 8, predicts nothing: the token after it, 9, belongs to the prompt. Losses are computed
+ * "Must predict 6" means only that log pi of 6 is computed there. In PPO 6 is what the policy
+ * wrote, and may be about to become less likely. Row 2, the 8, predicts nothing: the token after
+ * it, 9, belongs to the prompt. Losses are computed
  * for R targets, in arrays without gaps; `row` leads back to the hidden state of each. */
 struct Batch {
     size_t B, N, R, max_length; /* max_length: of the longest text, in positions */
@@ -3433,7 +3431,7 @@ static void matmul_bias(struct MatrixOut c, const float *bias, struct Matrix a, 
  * from the loss back to the embedding. Each forward pass has its backward pass next to it.
  *
  *     linear        y = x W + b             dx = dy W^T,  dW += x^T dy,  db += the sum of dy's rows
- *     layer norm    y = (x - mean) / std    dx: without what only shifts or stretches all of x
+ *     layer norm    y = (x - mean) / std    dx = (dy - mean(dy) - y mean(dy y)) / std
  *     gelu          y = x sigmoid(1.5958 (x + 0.0447 x^3))    a soft switch: lets x pass where it
  *                                                             is positive
  *     embedding     y = wte[id] + wpe[t]    dx goes to the two rows that were read
@@ -3443,8 +3441,8 @@ static void matmul_bias(struct MatrixOut c, const float *bias, struct Matrix a, 
  *     given dy = (1, -2):                        dx = (3 - 8, 5 - 12) = (-5, -7)
  *                                                dW = [1 -2; 2 -4],   db = (1, -2)
  *
- * One rule holds for all: dx is overwritten (where a layer adds to it instead, its comment says
- * so); gradients of weights are added to, so that several micro-batches accumulate into one step.
+ * dx is overwritten, unless a layer's comment says that it adds to it. Gradients of weights are
+ * added to, so that several micro-batches accumulate into one step.
  *
  * Threads. `omp parallel for if (work > limit)` starts a team of threads only for enough work: the
  * start and the wait for the last thread cost some microseconds, the time of 10,000 to 100,000
@@ -3968,14 +3966,15 @@ static void attention_softmax_again(float *p, float lse, size_t t, size_t t1) {
 
 /* attention_softmax_backward -- back through passes 3 to 1 for query t: from the probabilities to
  * the products q_t . k_j.
- *   dscore_j = p_j (dp_j - D),   D = sum_j p_j dp_j = dout . out         [17] Appendix B.2
+ *   ds_j = p_j (dp_j - D),   D = sum_j p_j dp_j = dout . out             [17] Appendix B.2
+ *   d loss / d (q_t . k_j) = scale ds_j
  * in   p (t1), the row's probabilities; dout, out (HS)
  * in, out  dp (t1): d loss / d p_j, then d loss / d (q_t . k_j)
  * D is the mean of dp under p. Probabilities add up to 1, so what one gains the others lose: only a
  * dp above the mean is worth raising. D needs no sum over T tokens, since out is the mean of the
  * values under p.
  * By hand: the example's t = 1 with dout = 4: dp = (40, 80), D = 4 * 17.5 = 70,
- * dscore = (0.25 * -30, 0.75 * 10) = (-7.5, 7.5).            test: attention_hand */
+ * ds = (0.25 * -30, 0.75 * 10) = (-7.5, 7.5); scale is 1.    test: attention_hand */
 static void attention_softmax_backward(float *dp, const float *p, const float *dout,
                                        const float *out, const struct AttentionHead *head, size_t t,
                                        size_t t1) {
@@ -4024,8 +4023,8 @@ static void matrix_clear(struct MatrixOut m) {
  *     dv_j += p_j dout                        a value learns in proportion to its weight
  *     dp_j  = dout . v_j                      what a larger p_j would do to the loss
  *     D     = sum_j p_j dp_j
- *     ds_j  = p_j (dp_j - D) scale            softmax: what one key gains, the others lose
- *     dq   += ds_j k_j,   dk_j += ds_j q
+ *     ds_j  = p_j (dp_j - D)                  softmax: what one key gains, the others lose
+ *     dq   += scale ds_j k_j,   dk_j += scale ds_j q
  * in   dout, out (T,HS), views; lse (N,NH)      out  d->query, d->key, d->value (T,HS), written
  * All later queries read a key and a value, so their gradients are sums over the blocks of rows.
  * By hand: the example with dout = (0, 4): dvalue = (0.25 * 4, 0.75 * 4) = (1, 3); dS as above:
@@ -4220,8 +4219,8 @@ static void attention_cached(float *out, const float *qkv, const struct Batch *b
  *
  * The output layer is the embedding again ("tied") [2, Section 3.4]. So wte gets its gradient in
  * two ways, and one tensor collects both: from the output layer (lm_head_backward: how should the
- * vectors of tokens that were predicted, or should have been, change?) and from the input
- * (embedding_backward: how should the vectors of tokens that were read change?).
+ * vectors of all V tokens change, since each had a logit?) and from the input (embedding_backward:
+ * how should the vectors of the tokens that were read change?).
  *
  * Two more output layers, called heads (not attention's), turn a hidden vector into one number. The
  * reward head reads a whole text at its last token: how good was it? The value head reads every
@@ -4803,7 +4802,7 @@ struct LMHead {
     size_t R; /* rows */
     size_t chunk; /* rows of a chunk */
     const int *row; /* (R) which token of the batch predicts */
-    const int *target; /* (R) which id it should have predicted */
+    const int *target; /* (R) the id whose log-probability is wanted: the text's next token */
     float temperature; /* logits are divided by it: the policy is judged as it was sampled */
     float *hidden; /* (R,C) hidden states of these rows, gathered */
     float *logits; /* (chunk,V) */
@@ -5786,7 +5785,7 @@ static void beam_sort_out(struct BeamSearch *search, const struct Candidate *can
         return;
     double length = (double)(beam->n + 1 - search->prompt_length);
     double divisor = pow(length, search->config->length_penalty);
-    beam_finish(search, beam, id, (float)(candidate->logit / divisor));
+    beam_finish(search, beam, id, (float)(candidate->value / divisor));
 }
 
 /* beam_continue -- the K best continuations that go on become the running beams. Several may come
@@ -5803,7 +5802,7 @@ static void beam_continue(struct BeamSearch *search) {
         struct Candidate best = search->going_on[i];
         size_t from = (size_t)best.id / V;
         /* text and cache together, or attention would see the keys of another text */
-        beam_set(&search->next[i], &search->running[from], (int)((size_t)best.id % V), best.logit);
+        beam_set(&search->next[i], &search->running[from], (int)((size_t)best.id % V), best.value);
         kv_cache_copy(search->model, &search->next_cache, i, &search->cache, from);
     }
 
@@ -5837,7 +5836,7 @@ static void beam_advance(struct BeamSearch *search, struct Arena *arena, float *
     struct Candidate *best = arena_alloc(arena, 2 * K, sizeof *best);
     size_t count = beam_candidates(key, n, 2 * K, arena, best);
     for (size_t i = 0; i < count; i++)
-        best[i].logit = score[best[i].id];
+        best[i].value = score[best[i].id];
 
     /* 3. Those that end go to the pool, the best K of the others go on. */
     search->going_on_count = 0;
@@ -6090,21 +6089,22 @@ static const char *log_name(const char *prefix, struct Text name);
 static void state_say(const struct TrainerState *state, const char *name,
                       const struct LogEntry *entry, bool plain);
 
-/* Checkpoints. checkpoint_new and checkpoint_add say what a run's state consists of (_doubles:
- * numbers that must be finite; _fixed: a number that must be the same when the run is resumed).
+/* Checkpoints. checkpoint_new and checkpoint_add_... say what a run's state consists of (_sizes:
+ * whole numbers, each at most `most`; _doubles: numbers that must be finite; _random: a generator;
+ * _fixed: a number that must be the same when the run is resumed, `words` name it in a message).
  * checkpoint_resume restores the saved state, if the run is to resume from one; checkpoint_step
  * saves a checkpoint when one is due. */
 struct Checkpoint;
-struct Saved;
 struct TrainingArguments;
 static struct Checkpoint checkpoint_new(const char *task, struct GPT2 *model,
                                         const struct Tokenizer *tok,
                                         const struct TrainingArguments *args,
                                         struct TrainerState *state);
-static struct Saved *checkpoint_add(struct Checkpoint *c, const char *name, void *at, size_t n,
-                                    uint64_t most);
-static void checkpoint_add_doubles(struct Checkpoint *c, const char *name, void *at, size_t n);
-static void checkpoint_add_fixed(struct Checkpoint *c, const char *name, void *at,
+static void checkpoint_add_sizes(struct Checkpoint *c, const char *name, size_t *at, size_t n,
+                                 size_t most);
+static void checkpoint_add_doubles(struct Checkpoint *c, const char *name, double *at, size_t n);
+static void checkpoint_add_random(struct Checkpoint *c, const char *name, struct Rng *rng);
+static void checkpoint_add_fixed(struct Checkpoint *c, const char *name, uint64_t value,
                                  const char *words);
 static void checkpoint_resume(struct Checkpoint *c);
 static void checkpoint_step(struct Checkpoint *c);
@@ -6496,9 +6496,8 @@ struct TrainerState {
     size_t global_step; /* steps done */
     size_t max_steps, steps_per_epoch;
     double num_train_epochs;
-    /* Over all steps so far. A checkpoint saves these five as one block: keep them adjacent. */
-    size_t num_tokens, samples;
-    double total_loss, seconds, epoch;
+    size_t num_tokens, samples; /* over all steps so far */
+    double total_loss, seconds, epoch; /* the same */
     struct LogEntry *log_history;
     size_t log_count, log_capacity;
     struct LogEntry metrics; /* sums since the last log entry */
@@ -6514,10 +6513,13 @@ struct TrainerState {
  * gets a temporary name again. So a folder called checkpoint-N is complete, even after a power cut.
  *                                                                        test: checkpoint_* */
 struct Saved {
-    struct Tensor tensor;
-    const char *fixed; /* names, for a message, what must not change; NULL: it may */
-    uint64_t fixed_value, most; /* whole numbers are at most `most` */
-    size_t first_double; /* numbers from this index on are doubles */
+    const char *name;
+    void *at; /* where the run keeps these numbers, n of them */
+    size_t n;
+    enum SavedType { SAVED_SIZE, SAVED_DOUBLE, SAVED_WORD, SAVED_FIXED } type;
+    uint64_t most; /* of sizes */
+    uint64_t value; /* of a fixed one, which is not kept anywhere */
+    const char *words; /* its name for a message */
 };
 
 struct Checkpoint {
@@ -6527,8 +6529,8 @@ struct Checkpoint {
     struct TrainerState *state;
     const char *task, *log_dir; /* log_dir: the folder of PPO's two logs */
     struct Output *logs; /* NULL: none */
-    uint64_t log_bytes[2]; /* their lengths at the checkpoint */
-    struct Saved saved[20];
+    size_t log_bytes[2]; /* their lengths at the checkpoint */
+    struct Saved saved[24];
     size_t count;
     size_t run; /* how many runs have begun in output_dir, this one included */
 };
@@ -6658,7 +6660,7 @@ static struct LogEntry trainer_measure(struct Trainer *trainer) {
         arena_reset(&trainer->arena);
         trainer->task.loss(trainer, order + first, MIN(batch, n - first), 1, HELD_OUT);
     }
-    if (trainer->task.evaluated)
+    if (trainer->task.evaluated && !evaluation_interrupted(state))
         trainer->task.evaluated(trainer);
 
     /* 2. how fast it went, and the means */
@@ -6735,6 +6737,7 @@ static double trainer_accumulate(struct Trainer *trainer, const size_t *order, s
     for (size_t first = 0; first < n; first += size) {
         /* 1. forward, loss, backward */
         arena_reset(&trainer->arena);
+        trainer->model->trace.has_acts = false; /* they were in that arena */
         size_t count = MIN(size, n - first);
         loss += trainer->task.loss(trainer, order + first, count, weight, TO_LEARN);
 
@@ -6817,8 +6820,8 @@ static struct Checkpoint trainer_begin(struct Trainer *trainer) {
      *    run is resumed: otherwise "step 300" would be a different place in the data. */
     struct Checkpoint checkpoint =
         checkpoint_new(trainer->task.name, trainer->model, trainer->tok, &trainer->args, state);
-    checkpoint_add_fixed(&checkpoint, "rows", &trainer->task.n, "the number of rows to train on");
-    checkpoint_add_fixed(&checkpoint, "rows_per_step", &trainer->rows_per_step,
+    checkpoint_add_fixed(&checkpoint, "rows", trainer->task.n, "the number of rows to train on");
+    checkpoint_add_fixed(&checkpoint, "rows_per_step", trainer->rows_per_step,
                          "the number of rows in a step "
                          "(--per_device_train_batch_size times --gradient_accumulation_steps)");
     if (trainer->task.saved)
@@ -7676,8 +7679,7 @@ static size_t reward_texts(struct Trainer *trainer, struct Arena *arena, const s
 /* A checkpoint also needs the state of the random cuts. */
 static void reward_saved(struct Trainer *trainer, struct Checkpoint *checkpoint) {
     struct RewardTask *task = trainer->task.data;
-    /* four words of any value: see struct Rng */
-    checkpoint_add(checkpoint, "cut", task->cut.s, 4, UINT64_MAX);
+    checkpoint_add_random(checkpoint, "cut", &task->cut);
 }
 
 /* reward_task -- makes a reward model the trainer's Task, on pairs, rated or labelled texts. */
@@ -7784,10 +7786,16 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
  *           embedding_backward       dx of each position -> wte.d of the token that was read there
  *     optimizer_step         wte.d moves wte.w
  *
- * One number all the way: chapter 4's " very" has dlogprob 0.3957. If the vocabulary were " very"
- * and one other token, with p = 0.75 and 0.25 there, d logits would be 0.3957 (1 - 0.75) = 0.0989
- * and 0.3957 (0 - 0.25) = -0.0989. With hidden = (1, 2), wte.d gets (0.0989, 0.1979) for " very"
- * and the negative of that for the other: a step down the loss lowers the logit of " very".
+ * One number both ways. Chapter 4's " very" has dlogprob 0.3957 and now p = e^-1.10 = 0.3329. Let
+ * the vocabulary be " very", with the vector (0, 0) in wte, and one other token, with (0.6952, 0);
+ * let the model have no blocks and no layer norm, and let it have read the other token, with
+ * (0.3048, 2) in wpe: hidden = (1, 2), logits 0 and 0.6952, p = 0.3329 and 0.6671.
+ *   d logits     0.3957 (1 - 0.3329) = 0.2640 for " very", 0.3957 (0 - 0.6671) = -0.2640
+ *   output       d logit times hidden: wte.d gets (0.2640, 0.5280) for " very", (-0.2640, -0.5280)
+ *                for the other
+ *   d hidden     sum of d logit times wte: -0.2640 (0.6952, 0) = (-0.1835, 0), which is dx here
+ *   embedding    the other was read, so wte.d gets dx for it too: (-0.4475, -0.5280) in all
+ * A step down, against wte.d, lowers the logit of " very".                         test: wte_hand
  *
  * Which tokens' vectors in wte get a gradient? As the output layer, those of the whole vocabulary,
  * from each position that predicts a token of an answer (none from a clipped one, whose slope is
@@ -7882,7 +7890,7 @@ struct RolloutSource {
     size_t n;
     size_t *order, at; /* a shuffled pass over the prompts, and the next one's place in it */
     size_t room; /* how many new tokens the context can hold after the longest prompt */
-    struct Rng shuffle, lengths, sample; /* a checkpoint saves these as one block */
+    struct Rng shuffle, lengths, sample; /* a checkpoint saves their states */
     struct LengthSampler output_length;
     struct GenerationConfig generation;
     struct Scorer scorer;
@@ -8513,7 +8521,8 @@ static void ppo_rewards(const struct RolloutTrainer *trainer, struct PPOBatch *p
         p->rewards[t] = p->non_score_rewards[t];
     }
 
-    /* 2. The score, at the answer's last token: it judges a text that was not complete before. */
+    /* 2. The score, at the answer's last token: it judges a text that was not complete before. If
+     *    the answer ended by itself, that is the end token, which the judge does not read. */
     for (size_t b = 0; b < p->B; b++) {
         size_t last = p->start[b + 1] - 1;
         p->rewards[last] += scores[b];
@@ -9036,19 +9045,21 @@ static void rollout_checkpoint(struct Checkpoint *checkpoint, struct RolloutTrai
                                struct RolloutSource *source) {
     /* 1. The trainer. _fixed: with another batch size, a step would be another number of prompts,
      *    and `at` would not be where the step count says. */
-    size_t moments = sizeof trainer->moments / sizeof(double);
-    checkpoint_add_fixed(checkpoint, "batch_size", &trainer->batch_size, "--batch_size");
+    double *moments = (double *)&trainer->moments; /* a struct of doubles */
+    checkpoint_add_fixed(checkpoint, "batch_size", trainer->batch_size, "--batch_size");
     checkpoint_add_doubles(checkpoint, "kl_coef", &trainer->kl_coef, 1);
-    checkpoint_add_doubles(checkpoint, "moments", &trainer->moments, moments);
-    checkpoint_add(checkpoint, "optimizer_steps", &trainer->ppo.optimizer_steps, 1, UINT64_MAX);
-    checkpoint_add(checkpoint, "mini_batches", trainer->ppo.order.s, 4, UINT64_MAX);
+    checkpoint_add_doubles(checkpoint, "moments", moments,
+                           sizeof trainer->moments / sizeof *moments);
+    checkpoint_add_sizes(checkpoint, "optimizer_steps", &trainer->ppo.optimizer_steps, 1, SIZE_MAX);
+    checkpoint_add_random(checkpoint, "mini_batches", &trainer->ppo.order);
 
-    /* 2. The prompts. The source's three generators, of four words each, are adjacent fields. */
-    checkpoint_add_fixed(checkpoint, "prompts", &source->n, "the number of prompts");
-    checkpoint_add(checkpoint, "order", source->order, source->n, source->n - 1);
-    checkpoint_add(checkpoint, "at", &source->at, 1, source->n);
-    checkpoint_add(checkpoint, "random", (char *)source + offsetof(struct RolloutSource, shuffle),
-                   3 * 4, UINT64_MAX);
+    /* 2. The prompts. */
+    checkpoint_add_fixed(checkpoint, "prompts", source->n, "the number of prompts");
+    checkpoint_add_sizes(checkpoint, "order", source->order, source->n, source->n - 1);
+    checkpoint_add_sizes(checkpoint, "at", &source->at, 1, source->n);
+    checkpoint_add_random(checkpoint, "shuffle", &source->shuffle);
+    checkpoint_add_random(checkpoint, "lengths", &source->lengths);
+    checkpoint_add_random(checkpoint, "sample", &source->sample);
 }
 
 /* Each step adds one line to stats_all.jsonl and batch_size lines to rollouts.jsonl. They are
@@ -9148,7 +9159,7 @@ static void rollout_train(struct RolloutTrainer *trainer, struct RolloutSource *
         make_folder(log_dir);
         checkpoint.logs = logs;
         checkpoint.log_dir = log_dir;
-        checkpoint_add(&checkpoint, "log_bytes", checkpoint.log_bytes, COUNT(LOGS), UINT64_MAX);
+        checkpoint_add_sizes(&checkpoint, "log_bytes", checkpoint.log_bytes, COUNT(LOGS), SIZE_MAX);
     }
     rollout_checkpoint(&checkpoint, trainer, source);
     checkpoint_resume(&checkpoint);
@@ -9181,7 +9192,7 @@ static void rollout_train(struct RolloutTrainer *trainer, struct RolloutSource *
  * Chapter 5 on a real model: how does a policy learn from pairs alone? Each pair takes four
  * log-probabilities of whole answers: chosen and rejected, under the policy and the reference.
  *
- *                 chosen " very good."    rejected " very good good"
+ *                   chosen answer         rejected answer
  *     reference        -10.0                   -12.0           computed once, then remembered
  *     policy            -8.0                   -13.0           at every step, with a gradient
  *     loss          -log sigmoid(0.1 * (2 - (-1))) = 0.5544    dpo_pair_loss
@@ -10460,10 +10471,7 @@ static void course_reward_model(struct Course *course) {
      *    found nearly equal would measure their noise: min_difference leaves them out. */
     trainer_evaluate(&trainer);
     const struct TrainerState *state = &trainer.state;
-    course->eval_accuracy = NAN; /* after Ctrl-C nothing was logged */
-    if (state->log_count)
-        log_find(&state->log_history[state->log_count - 1], "eval_accuracy",
-                 &course->eval_accuracy);
+    log_find(&state->log_history[state->log_count - 1], "eval_accuracy", &course->eval_accuracy);
     course->held_out_reward = task.eval_reward;
     say("%s: %.3f of held-out pairs ordered as people did\n", trainer.task.name,
         course->eval_accuracy);
@@ -10637,7 +10645,7 @@ static void course_run(struct Course *course, const struct Dataset *data,
 /* =============================================================================================
  * Part IV - The program
  *
- * Machinery: what a program needs around its mathematics. No formula is in it. After this
+ * Machinery: what a program needs around its mathematics. After this
  * part a reader knows how models, data and checkpoints are read and written so that transformers,
  * TRL and PEFT understand them and neither a broken file nor a full disk loses anything, and how a
  * command line becomes a call of the functions above.
@@ -11156,8 +11164,8 @@ static struct Json *json_parse(struct Arena *arena, struct Text text, const char
     /* 2. Nothing may follow: two objects on a line mean that a line break was lost. */
     if (value && p.at != p.end) {
         bool is_comma = *p.at == ',';
-        value = json_expected(&p, is_comma ? "a comma behind its end; take it out"
-                                           : "something stands behind its end");
+        value = json_expected(&p, is_comma ? "a comma follows its end; take it out"
+                                           : "something follows its end");
     }
 
     /* 3. The place is counted from the text's first byte, the byte order mark included. */
@@ -11288,6 +11296,28 @@ static void json_write_floats(FILE *file, const char *before, const float *x, si
     for (size_t i = 0; i < n; i++)
         fprintf(file, "%s%s", i ? ", " : "", json_number_text(x[i]));
     fputc(']', file);
+}
+
+/* shell_word -- a word in a form that a POSIX shell reads back, so that a printed command line can
+ * be pasted: plain, or in single quotes. A single quote cannot be escaped inside these: they are
+ * closed, \' is written, and they are opened again.
+ * By hand: Ana's run -> 'Ana'\''s run'.                                       test: shell_word */
+static const char *shell_word(struct Arena *arena, const char *word) {
+    static const char plain[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_@%+"
+                                "=:,./-";
+    if (*word && !word[strspn(word, plain)])
+        return word;
+    /* the worst case: nothing but quotes, which take four bytes each */
+    char *quoted = arena_alloc(arena, 4 * strlen(word) + 3, 1);
+    char *to = quoted;
+    *to++ = '\'';
+    for (; *word; word++) {
+        if (*word == '\'')
+            to += sprintf(to, "'\\'");
+        *to++ = *word;
+    }
+    sprintf(to, "'");
+    return quoted;
 }
 
 /* =============================================================================================
@@ -11477,14 +11507,21 @@ static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size
     arena_free(&arena);
 }
 
+/* A model may have fewer ids than the tokenizer, or a few without a text, but not more. */
+static void tokenizer_check_size(const struct Tokenizer *tok, const char *model,
+                                 size_t vocab_size) {
+    CHECK((size_t)endoftext_id(vocab_size) < tok->vocab_size,
+          "%s: has %zu ids, %s only %zu; another --tokenizer is needed", model, vocab_size,
+          tok->path, tok->vocab_size);
+}
+
 /* A model folder may bring its own vocabulary. If its ids mean other tokens than ours, it is
  * refused: to that model, our ids would spell a different text. */
 static void tokenizer_check_folder(const struct Tokenizer *tok, const char *folder,
                                    size_t vocab_size) {
     struct Arena arena = {0};
     size_t end = (size_t)endoftext_id(vocab_size);
-    CHECK(end < tok->vocab_size, "%s: has %zu ids, %s only %zu; another --tokenizer is needed",
-          folder, vocab_size, tok->path, tok->vocab_size);
+    tokenizer_check_size(tok, folder, vocab_size);
     /* 1. the vocabulary, in one of two files, the older and the newer form; there may be neither */
     const char *path = arena_printf(&arena, "%s/vocab.json", folder);
     const char *newer = arena_printf(&arena, "%s/tokenizer.json", folder);
@@ -11586,6 +11623,12 @@ static int *json_ids(struct Arena *arena, const struct Json *array, size_t *coun
     return ids;
 }
 
+/* The file in a place FILE:LINE, quoted for the shell. */
+static const char *path_of_place(struct Arena *arena, const char *place) {
+    struct Text path = {place, (size_t)(strrchr(place, ':') - place)};
+    return shell_word(arena, text_copy(arena, path).data);
+}
+
 /* Ends the program if a field that should be a string is a chat, an array of messages with roles.
  * GPT-2 was trained without a chat template, so the user decides how messages become text; the
  * command in the message writes "role: content" lines. If a row also has a prompt that is a string,
@@ -11601,10 +11644,11 @@ static void refuse_chat(const struct Json *item, const char *place) {
     bool is_chat = item && item->type == JSON_ARRAY && json_get(item->child, "role");
 
     /* 2. The message names the field, and gives the command for this very file. */
-    CHECK(!is_chat,
-          "%s: \"%s\" is a chat, a list of messages, a string was expected (GPT-2 has no chat "
-          "template); flatten it: %s < '%.*s' > rows.jsonl",
-          place, item->key.data, flatten, (int)(strrchr(place, ':') - place), place);
+    struct Arena arena = {0};
+    if (is_chat)
+        die("%s: \"%s\" is a chat, a list of messages, a string was expected (GPT-2 has no chat "
+            "template); flatten it: %s < %s > rows.jsonl",
+            place, item->key.data, flatten, path_of_place(&arena, place));
 }
 
 /* Which of FIELD_NAMES a row has; null counts as absent. */
@@ -11632,9 +11676,8 @@ static double json_field_number(const struct Json *item, bool is_label, const ch
 static struct Row dataset_row(struct Arena *keep, const struct Json *json, unsigned shape,
                               const char *place) {
     struct Row row = {.has = json_fields(json)};
-    /* where the texts go, in the order of enum Field, and the numbers, at their bit's place */
+    /* where the texts go, in the order of enum Field */
     struct Text *texts[] = {&row.text, &row.prompt, &row.completion, &row.chosen, &row.rejected};
-    double *numbers[] = {[5] = &row.label, [6] = &row.score, [9] = &row.margin};
     unsigned used = row.has & (shape | shape >> 16); /* what it must have, and may have */
     for (size_t i = 0; i < COUNT(FIELD_NAMES); i++) {
         const struct Json *item = json_get(json, FIELD_NAMES[i]);
@@ -11649,8 +11692,12 @@ static struct Row dataset_row(struct Arena *keep, const struct Json *json, unsig
             row.query_ids = json_ids(keep, item, &row.query_length, place);
         else if (field == HAS_RESPONSE_IDS)
             row.response_ids = json_ids(keep, item, &row.response_length, place);
+        else if (field == HAS_LABEL)
+            row.label = json_field_number(item, true, place);
+        else if (field == HAS_SCORE)
+            row.score = json_field_number(item, false, place);
         else
-            *numbers[i] = json_field_number(item, field == HAS_LABEL, place);
+            row.margin = json_field_number(item, false, place);
     }
     return row;
 }
@@ -11687,28 +11734,29 @@ static bool is_table(struct Text file, const char *path) {
     return false;
 }
 
-/* Other formats in which data comes, by their first bytes, and the command that turns a file into
- * JSON Lines: `before`, the file's path, `after`. Tables have no such bytes and come last. */
-#define PANDAS(reader) "python3 -c \"import pandas; pandas." reader "('"
-#define PANDAS_END "').to_json('rows.jsonl', orient='records', lines=True)\""
+/* Other formats in which data comes, by their first bytes, and the command that turns a file, whose
+ * name follows, into JSON Lines. Tables have no such bytes and come last. */
+#define PANDAS(reader)                                                                      \
+    "python3 -c \"import pandas,sys; print(pandas." reader "(sys.argv[1]).to_json(orient='" \
+    "records', lines=True), end='')\""
 static const struct Format {
-    const char *start, *name, *before, *after;
+    const char *start, *name, *command;
 } FORMATS[] = {
     {"[", "a JSON array",
-     "python3 -c \"import json; [print(json.dumps(row)) for row in json.load(open('",
-     "'))]\" > rows.jsonl"},
-    {"PAR1", "Parquet", PANDAS("read_parquet"), PANDAS_END},
-    {"ARROW1", "an Arrow file", PANDAS("read_feather"), PANDAS_END},
+     "python3 -c \"import json,sys; [print(json.dumps(row)) for row in json.load(open("
+     "sys.argv[1]))]\""},
+    {"PAR1", "Parquet", PANDAS("read_parquet")},
+    {"ARROW1", "an Arrow file", PANDAS("read_feather")},
     {"\xff\xff\xff\xff", "an Arrow stream (save_to_disk of datasets)",
-     "python3 -c \"from datasets import Dataset; Dataset.from_file('",
-     "').to_json('rows.jsonl')\""},
-    {"\x1f\x8b", "compressed by gzip", "gzip -dc '", "' > rows.jsonl"},
-    {"\x28\xb5\x2f\xfd", "compressed by zstd", "zstd -dc '", "' > rows.jsonl"},
-    {"BZh", "compressed by bzip2", "bzip2 -dc '", "' > rows.jsonl"},
-    {"\3757zXZ", "compressed by xz", "xz -dc '", "' > rows.jsonl"},
-    {"PK\x03\x04", "a zip archive", "unzip -p '", "' > rows.jsonl"},
-    {"", "a table (TSV)", PANDAS("read_table"), PANDAS_END},
-    {"", "a table (CSV)", PANDAS("read_csv"), PANDAS_END},
+     "python3 -c \"import json,sys; from datasets import Dataset; [print(json.dumps(row)) for row "
+     "in Dataset.from_file(sys.argv[1])]\""},
+    {"\x1f\x8b", "compressed by gzip", "gzip -dc"},
+    {"\x28\xb5\x2f\xfd", "compressed by zstd", "zstd -dc"},
+    {"BZh", "compressed by bzip2", "bzip2 -dc"},
+    {"\3757zXZ", "compressed by xz", "xz -dc"},
+    {"PK\x03\x04", "a zip archive", "unzip -p"},
+    {"", "a table (TSV)", PANDAS("read_table")},
+    {"", "a table (CSV)", PANDAS("read_csv")},
 };
 enum { FORMAT_CSV = COUNT(FORMATS) - 1, FORMAT_TSV = FORMAT_CSV - 1 };
 
@@ -11731,8 +11779,9 @@ static void refuse_other_formats(struct Text file, const char *path) {
         bool has_tab = file.data[strcspn(file.data, "\t\n")] == '\t';
         format = has_tab ? FORMAT_TSV : FORMAT_CSV;
     }
-    die("%s: is %s, JSON Lines were expected; run: %s%s%s", path, FORMATS[format].name,
-        FORMATS[format].before, path, FORMATS[format].after);
+    struct Arena arena = {0};
+    die("%s: is %s, JSON Lines were expected; run: %s %s > rows.jsonl", path, FORMATS[format].name,
+        FORMATS[format].command, shell_word(&arena, path));
 }
 
 /* ---- Files ---------------------------------------------------------------------------------- */
@@ -11756,8 +11805,8 @@ static struct Json *dataset_line(struct Arena *scratch, struct Text line, bool i
         /* an object that is still open at the end of its line was laid out over several lines */
         hint = arena_printf(scratch,
                             "; the object goes on in the next line, it must be on one; "
-                            "run: jq -c . '%.*s' > rows.jsonl",
-                            (int)(strrchr(place, ':') - place), place);
+                            "run: jq -c . %s > rows.jsonl",
+                            path_of_place(scratch, place));
     return json_object(scratch, line, place, hint);
 }
 
@@ -12057,7 +12106,7 @@ static void warn_of_written_ends(const struct Dataset *data, const struct Tokeni
     }
     note_rows(data, count, "rows",
               "contain \"%.*s\", which is ordinary text here; leave it out: the end token is added "
-              "behind each text without it",
+              "after each text anyway",
               (int)name.length, name.data);
 }
 
@@ -12253,14 +12302,16 @@ static void safetensors_check_shape(const struct SafeTensors *st, const struct J
  * all activations, and after one step to all weights. */
 static void safetensors_check_finite(const struct SafeTensors *st, const struct Tensor *tensor,
                                      size_t first, size_t n) {
+    /* a tensor of bits holds no floats, but counters and random states */
+    if (tensor->bits)
+        return;
     const float *w = tensor->w + first;
     size_t bad = first_not_finite(w, n);
     /* AdamW's mean of squared gradients may overflow to infinity: its step is then 0 */
     bool is_moment = strncmp(tensor->name, "exp_avg", 7) == 0;
     while (is_moment && bad < n && isinf(w[bad]))
         bad += 1 + first_not_finite(w + bad + 1, n - bad - 1);
-    /* a tensor of bits holds no floats, but counters and random states */
-    CHECK(bad == n || tensor->bits,
+    CHECK(bad == n,
           "%s: tensor %s: number %zu is %g, a finite one was expected; "
           "take an earlier checkpoint or a fresh copy of the file",
           st->path, tensor->name, first + bad, w[bad]);
@@ -13109,6 +13160,9 @@ static void model_replace(struct GPT2 *model, const char *folder, const struct T
     folder_move_files(staged_folder, folder, false);
     folder_move_files(staged_folder, folder, true);
     folder_delete(staged_folder);
+    /* 3. An adapter's value head has a file of its own, which must not outlive it. */
+    if (model->adapter.r && !model->v_head.weight.n)
+        remove(arena_printf(&arena, "%s/model.safetensors", folder));
     staged_folder = NULL;
     folder_sync(folder);
     arena_free(&arena);
@@ -13238,28 +13292,6 @@ static double seconds_now(void) {
     struct timespec t;
     clock_gettime(CLOCK_MONOTONIC, &t);
     return (double)t.tv_sec + 1e-9 * (double)t.tv_nsec;
-}
-
-/* shell_word -- a word in a form that a POSIX shell reads back, so that a printed command line can
- * be pasted: plain, or in single quotes. A single quote cannot be escaped inside these: they are
- * closed, \' is written, and they are opened again.
- * By hand: Ana's run -> 'Ana'\''s run'.                                       test: shell_word */
-static const char *shell_word(struct Arena *arena, const char *word) {
-    static const char plain[] = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789_@%+"
-                                "=:,./-";
-    if (*word && !word[strspn(word, plain)])
-        return word;
-    /* the worst case: nothing but quotes, which take four bytes each */
-    char *quoted = arena_alloc(arena, 4 * strlen(word) + 3, 1);
-    char *to = quoted;
-    *to++ = '\'';
-    for (; *word; word++) {
-        if (*word == '\'')
-            to += sprintf(to, "'\\'");
-        *to++ = *word;
-    }
-    sprintf(to, "'");
-    return quoted;
 }
 
 /* ---- Progress ------------------------------------------------------------------------------- */
@@ -13517,105 +13549,112 @@ static void trainer_state_save(const struct TrainerState *s, const struct Traini
 
 /* ---- What a checkpoint holds ---------------------------------------------------------------- */
 
-/* Checkpoints. Apart from the weights, a run's state consists of 64-bit numbers: counters, random
- * generators, running means. They are written to optimizer.safetensors as float32 tensors, two
- * floats per number: bit patterns, copied bit for bit and never interpreted as floats. */
-static struct Tensor tensor_of_bits(const char *group, const char *name, void *at, size_t n) {
-    struct Tensor t = {.shape = {2 * n}, .ndim = 1, .n = 2 * n, .w = at, .bits = true};
+/* Apart from the weights, a run's state consists of 64-bit numbers: counters, random generators,
+ * running means. They are written to optimizer.safetensors as float32 tensors, two floats per
+ * number: bit patterns, copied bit for bit and never interpreted as floats. */
+static struct Tensor tensor_of_bits(const char *group, const char *name, uint64_t *words,
+                                    size_t n) {
+    struct Tensor t = {.shape = {2 * n}, .ndim = 1, .n = 2 * n, .w = (void *)words, .bits = true};
     snprintf(t.name, sizeof t.name, "%.16s.%.44s", group, name);
     return t;
 }
 
-/* Adds n whole numbers to a checkpoint, each at most `most`; UINT64_MAX: any 64 bits. */
-static struct Saved *checkpoint_add(struct Checkpoint *c, const char *name, void *at, size_t n,
-                                    uint64_t most) {
+static void checkpoint_add(struct Checkpoint *c, struct Saved saved) {
     if (c->count == COUNT(c->saved))
         die("internal: more than %zu things in a checkpoint", COUNT(c->saved));
-    struct Saved *s = &c->saved[c->count++];
-    *s = (struct Saved){
-        .tensor = tensor_of_bits(c->task, name, at, n),
-        .most = most,
-        .first_double = n, /* none is a double */
-    };
-    return s;
+    c->saved[c->count++] = saved;
 }
 
-static void checkpoint_add_doubles(struct Checkpoint *c, const char *name, void *at, size_t n) {
-    checkpoint_add(c, name, at, n, UINT64_MAX)->first_double = 0;
+static void checkpoint_add_sizes(struct Checkpoint *c, const char *name, size_t *at, size_t n,
+                                 size_t most) {
+    checkpoint_add(c, (struct Saved){name, at, n, SAVED_SIZE, .most = most});
 }
 
-/* Adds a number that must be the same when the run is resumed. words: its name in the message. */
-static void checkpoint_add_fixed(struct Checkpoint *c, const char *name, void *at,
+static void checkpoint_add_doubles(struct Checkpoint *c, const char *name, double *at, size_t n) {
+    checkpoint_add(c, (struct Saved){name, at, n, SAVED_DOUBLE, .most = UINT64_MAX});
+}
+
+/* A generator's state is four words of any value. */
+static void checkpoint_add_random(struct Checkpoint *c, const char *name, struct Rng *rng) {
+    checkpoint_add(c, (struct Saved){name, rng->s, 4, SAVED_WORD, .most = UINT64_MAX});
+}
+
+static void checkpoint_add_fixed(struct Checkpoint *c, const char *name, uint64_t value,
                                  const char *words) {
-    struct Saved *s = checkpoint_add(c, name, at, 1, UINT64_MAX);
-    s->fixed = words;
-    memcpy(&s->fixed_value, at, sizeof s->fixed_value);
+    checkpoint_add(c, (struct Saved){name, NULL, 1, SAVED_FIXED, .value = value, .words = words});
 }
 
-/* What every training saves: its seed, which must not change, and five adjacent fields of the
- * state, the last three of them doubles. */
+/* What every training saves: its seed, which must not change, and how far it has come. */
 static struct Checkpoint checkpoint_new(const char *task, struct GPT2 *model,
                                         const struct Tokenizer *tok,
                                         const struct TrainingArguments *args,
                                         struct TrainerState *state) {
     struct Checkpoint c = {.model = model, .tok = tok, .args = args, .state = state, .task = task};
-    checkpoint_add_fixed(&c, "seed", (void *)&args->seed, "--seed");
-    void *progress = (char *)state + offsetof(struct TrainerState, num_tokens);
-    checkpoint_add(&c, "progress", progress, 5, UINT64_MAX)->first_double = 2;
+    checkpoint_add_fixed(&c, "seed", args->seed, "--seed");
+    checkpoint_add_sizes(&c, "num_tokens", &state->num_tokens, 1, SIZE_MAX);
+    checkpoint_add_sizes(&c, "samples", &state->samples, 1, SIZE_MAX);
+    checkpoint_add_doubles(&c, "total_loss", &state->total_loss, 1);
+    checkpoint_add_doubles(&c, "seconds", &state->seconds, 1);
+    checkpoint_add_doubles(&c, "epoch", &state->epoch, 1);
     return c;
 }
 
 /* Is this a checkpoint of the same run? Checked before the rest is read, because with other data
  * even the sizes of tensors could differ. */
-static void checkpoint_check_fixed(struct Checkpoint *c, struct SafeTensors *st, const char *from) {
+static void checkpoint_check_fixed(const struct Checkpoint *c, struct SafeTensors *st,
+                                   const char *from) {
     /* 1. The same task? Every task saves its seed under its own name, such as "sft.seed". */
-    const char *own = c->saved[0].tensor.name;
+    char own[64];
+    snprintf(own, sizeof own, "%.16s.seed", c->task);
     for (struct Json *item = st->header->child; item; item = item->next) {
         const char *dot = strchr(item->key.data, '.');
         bool other = dot && strcmp(dot, ".seed") == 0 && strcmp(item->key.data, own) != 0;
         CHECK(!other, "%s: is a checkpoint of %.*s; %s cannot go on from it", from,
               (int)MIN(dot - item->key.data, 16), item->key.data, c->task);
     }
-    /* 2. The same seed, data and sizes? tensor_load puts the saved value in place of the run's own;
-     *    unless the program ends here, the two are equal. */
-    for (struct Saved *s = c->saved; s < c->saved + c->count; s++) {
+    /* 2. The same seed, data and sizes? */
+    for (const struct Saved *s = c->saved; s < c->saved + c->count; s++) {
         uint64_t was;
-        if (!s->fixed || !tensor_load(st, &s->tensor))
+        struct Tensor tensor = tensor_of_bits(c->task, s->name, &was, 1);
+        if (s->type != SAVED_FIXED || !tensor_load(st, &tensor))
             continue;
-        memcpy(&was, s->tensor.w, sizeof was);
-        CHECK(was == s->fixed_value,
+        CHECK(was == s->value,
               "%s: %s is %llu, in the checkpoint's run it was %llu; give the data and flags that "
               "the run began with, or start over without --resume_from_checkpoint",
-              from, s->fixed, (unsigned long long)s->fixed_value, (unsigned long long)was);
+              from, s->words, (unsigned long long)s->value, (unsigned long long)was);
     }
+}
+
+/* The run's numbers as 64-bit words. */
+static void saved_store(const struct Saved *s, uint64_t *words) {
+    if (s->type == SAVED_FIXED)
+        *words = s->value;
+    else if (s->type == SAVED_SIZE)
+        for (size_t i = 0; i < s->n; i++)
+            words[i] = ((const size_t *)s->at)[i];
+    else
+        memcpy(words, s->at, s->n * sizeof *words);
 }
 
 /* The end of a message about a number that is out of range. */
 #define DAMAGED "was expected; the file is damaged, take an earlier checkpoint"
 
-/* Are the numbers that were loaded in range? Some of them will be used as array indices. */
-static void saved_check(const struct Saved *s, const char *path) {
-    for (size_t i = 0; i < s->tensor.n / 2; i++) {
+/* Back from a file's words to the run's numbers, if they are in range: some are array indices. */
+static void saved_restore(const struct Saved *s, const uint64_t *words, const char *path,
+                          const char *name) {
+    for (size_t i = 0; i < s->n; i++) {
         double real;
-        uint64_t bits;
-        memcpy(&bits, (char *)s->tensor.w + 8 * i, sizeof bits);
-        memcpy(&real, &bits, sizeof real);
-        if (i >= s->first_double)
-            CHECK(isfinite(real), "%s: %s: number %zu is %g, a finite one " DAMAGED, path,
-                  s->tensor.name, i, real);
-        else
-            CHECK(bits <= s->most, "%s: %s: number %zu is %llu, at most %llu " DAMAGED, path,
-                  s->tensor.name, i, (unsigned long long)bits, (unsigned long long)s->most);
+        memcpy(&real, &words[i], sizeof real);
+        CHECK(s->type != SAVED_DOUBLE || isfinite(real),
+              "%s: %s: number %zu is %g, a finite one " DAMAGED, path, name, i, real);
+        CHECK(s->type != SAVED_SIZE || words[i] <= s->most,
+              "%s: %s: number %zu is %llu, at most %llu " DAMAGED, path, name, i,
+              (unsigned long long)words[i], (unsigned long long)s->most);
+        if (s->type == SAVED_SIZE)
+            ((size_t *)s->at)[i] = (size_t)words[i];
     }
-}
-
-static void checkpoint_check_numbers(const struct Checkpoint *c, const char *path) {
-    for (const struct Saved *s = c->saved; s < c->saved + c->count; s++)
-        saved_check(s, path);
-    const struct LogEntry *metrics = &c->state->metrics;
-    for (const struct Metric *m = metrics->item; m < metrics->item + metrics->n; m++)
-        CHECK(isfinite(m->value), "%s: metric.%s is %g, a finite number " DAMAGED, path, m->name,
-              m->value);
+    if (s->type == SAVED_DOUBLE || s->type == SAVED_WORD)
+        memcpy(s->at, words, s->n * sizeof *words);
 }
 
 /* Reads the step and the log so far. The rest of the file only repeats flags. */
@@ -13643,10 +13682,11 @@ static void trainer_state_load(struct TrainerState *state, struct Arena *arena, 
 }
 
 /* All that a checkpoint contains, as tensors: first the `train` tensors of weights that train,
- * which are in the model's file, then those in optimizer.safetensors. */
+ * which are in the model's file, then those in optimizer.safetensors; of these the last are copies
+ * of the run's numbers, from index `numbers` on: Saved after Saved, then metric after metric. */
 struct Holding {
     struct Tensor **list;
-    size_t train, count;
+    size_t train, numbers, count;
 };
 
 static struct Holding checkpoint_holding(struct Checkpoint *c, struct Arena *arena) {
@@ -13655,7 +13695,7 @@ static struct Holding checkpoint_holding(struct Checkpoint *c, struct Arena *are
     struct LogEntry *metrics = &c->state->metrics;
     size_t most = 3 * n + c->count + metrics->n;
     struct Tensor *copy = arena_alloc(arena, most, sizeof *copy);
-    struct Holding held = {arena_alloc(arena, most, sizeof *held.list), 0, 0};
+    struct Holding held = {.list = arena_alloc(arena, most, sizeof *held.list)};
 
     /* 1. The weights that train (those with a gradient), then AdamW's moments: every m, every v. */
     for (size_t i = 0; i < 3 * n; i++) {
@@ -13671,15 +13711,36 @@ static struct Holding checkpoint_holding(struct Checkpoint *c, struct Arena *are
     }
 
     /* 2. What the task has added, and the running means of metrics: value and n, side by side. */
-    for (size_t i = 0; i < c->count; i++)
-        copy[held.count++] = c->saved[i].tensor;
-    for (struct Metric *m = metrics->item; m < metrics->item + metrics->n; m++) {
-        void *numbers = (char *)m + offsetof(struct Metric, value);
-        copy[held.count++] = tensor_of_bits("metric", m->name, numbers, 2);
+    held.numbers = held.count;
+    for (const struct Saved *s = c->saved; s < c->saved + c->count; s++) {
+        uint64_t *words = arena_alloc(arena, s->n, sizeof *words);
+        saved_store(s, words);
+        copy[held.count++] = tensor_of_bits(c->task, s->name, words, s->n);
+    }
+    for (const struct Metric *m = metrics->item; m < metrics->item + metrics->n; m++) {
+        uint64_t *words = arena_alloc(arena, 2, sizeof *words);
+        memcpy(words, &m->value, sizeof m->value);
+        words[1] = m->n;
+        copy[held.count++] = tensor_of_bits("metric", m->name, words, 2);
     }
     for (size_t i = 0; i < held.count; i++)
         held.list[i] = &copy[i];
     return held;
+}
+
+/* Puts the numbers that were loaded from a file back into the run. */
+static void checkpoint_restore(struct Checkpoint *c, const struct Holding *held, const char *path) {
+    struct Tensor **list = held->list + held->numbers;
+    for (const struct Saved *s = c->saved; s < c->saved + c->count; s++, list++)
+        saved_restore(s, (const void *)(*list)->w, path, (*list)->name);
+    struct LogEntry *metrics = &c->state->metrics;
+    for (struct Metric *m = metrics->item; m < metrics->item + metrics->n; m++, list++) {
+        const uint64_t *words = (const void *)(*list)->w;
+        memcpy(&m->value, words, sizeof m->value);
+        m->n = (size_t)words[1];
+        CHECK(isfinite(m->value), "%s: metric.%s is %g, a finite number " DAMAGED, path, m->name,
+              m->value);
+    }
 }
 
 /* How old a checkpoint is, by its own account: the number of its run in the folder, and its step.
@@ -13743,20 +13804,37 @@ static size_t checkpoint_find(const char *folder, struct CheckpointAge *oldest,
 
 /* ---- Saving a checkpoint -------------------------------------------------------------------- */
 
-/* Deletes checkpoint-N, if there is one, and every tmp-checkpoint-*, which a run leaves if it is
- * killed while it writes or deletes one. The folder is renamed first, so that an interrupted
- * deletion never leaves a checkpoint that looks complete and lacks files. */
-static bool checkpoint_remove(const char *folder, size_t n) {
+/* Cleans up after a run that was killed while it wrote or deleted a checkpoint. Such a folder has a
+ * temporary name. It is deleted, unless it is an old checkpoint-N that had been moved aside for a
+ * new one which did not get its name: then it is put back.               test: checkpoint_clean */
+static void checkpoint_clean(const char *folder) {
     struct Arena arena = {0};
-    const char *name = arena_printf(&arena, "%s/checkpoint-%zu", folder, n);
-    const char *removed = arena_printf(&arena, "%s/tmp-checkpoint-%zu-old", folder, n);
-    bool gone = rename(name, removed) == 0;
     DIR *dir = opendir(folder);
-    for (struct dirent *entry; dir && (entry = readdir(dir));)
-        if (strncmp(entry->d_name, "tmp-checkpoint-", 15) == 0)
-            folder_delete(arena_printf(&arena, "%s/%s", folder, entry->d_name));
+    for (struct dirent *entry; dir && (entry = readdir(dir));) {
+        const char *left = arena_printf(&arena, "%s/%s", folder, entry->d_name);
+        size_t n = 0;
+        int end = 0;
+        if (strncmp(entry->d_name, "tmp-checkpoint-", 15) != 0)
+            continue;
+        /* %n is reached only if all that precedes it fits */
+        sscanf(entry->d_name, "tmp-checkpoint-%zu-old%n", &n, &end);
+        const char *whole = arena_printf(&arena, "%s/checkpoint-%zu", folder, n);
+        bool is_old = end > 0 && !entry->d_name[end];
+        if (!is_old || file_exists(whole) || rename(left, whole) != 0)
+            folder_delete(left);
+    }
     if (dir)
         closedir(dir);
+    arena_free(&arena);
+}
+
+/* Deletes checkpoint-N. It is renamed first, so that an interrupted deletion never leaves a
+ * checkpoint that looks complete and lacks files. */
+static bool checkpoint_remove(const char *folder, size_t n) {
+    struct Arena arena = {0};
+    const char *removed = arena_printf(&arena, "%s/tmp-checkpoint-%zu-removed", folder, n);
+    bool gone = rename(arena_printf(&arena, "%s/checkpoint-%zu", folder, n), removed) == 0;
+    folder_delete(removed);
     arena_free(&arena);
     return gone;
 }
@@ -13774,7 +13852,7 @@ static void checkpoint_flush_logs(struct Checkpoint *c) {
         output_flush(&c->logs[i]);
         CHECK(fsync(fileno(c->logs[i].file)) == 0, "%s: writing failed: %s", c->logs[i].tmp,
               strerror(errno));
-        c->log_bytes[i] = (uint64_t)ftello(c->logs[i].file);
+        c->log_bytes[i] = (size_t)ftello(c->logs[i].file);
     }
 }
 
@@ -13889,7 +13967,7 @@ static void checkpoint_load(struct Checkpoint *c, struct Arena *arena, const cha
         CHECK(held.list[i]->loaded,
               "%s: holds no %s; are task, model and flags those of the run that was saved?", from,
               held.list[i]->name);
-    checkpoint_check_numbers(c, path);
+    checkpoint_restore(c, &held, path);
 }
 
 /* Says where the run resumes. If no step is left, the checkpoint's step becomes its length. */
@@ -13916,10 +13994,9 @@ static void checkpoint_resume(struct Checkpoint *c) {
              "--learning_rate",
              c->args->warmup_steps, c->state->max_steps);
 
-    /* 1. Delete what a killed run left (SIZE_MAX: no checkpoint). From here on, Ctrl-C waits for
-     *    the end of a step. */
+    /* 1. Tidy up after a killed run. From here on, Ctrl-C waits for the end of a step. */
     if (dir) {
-        checkpoint_remove(dir, SIZE_MAX);
+        checkpoint_clean(dir);
         signal(SIGINT, interrupt);
         signal(SIGTERM, interrupt);
     }
@@ -14510,7 +14587,7 @@ static const struct Flag FLAGS[] = {
     HEADING("Data and output"),
     {NAMED(dataset_name), &KIND_STRING, WITH_DATA, "a .jsonl file, or a folder: its train split"},
     {NAMED(eval_dataset), &KIND_STRING, BATCH_TRAINING,
-     "held-out data, same shapes; of a folder its validation split, else its test split"},
+     "held-out data, same shapes; for a folder: its validation split, or else its test split"},
     {OF(train, output_dir), &KIND_STRING, WITH_OUTPUT, "folder for what is made"},
     {NAMED(tokenizer), &KIND_STRING, ALL_COMMANDS,
      "tokenizer.bin; default: beside the program, then the current folder"},
@@ -14813,7 +14890,7 @@ static void check_special_tokens(struct Options *o, const char *folder, struct G
     /* 3. An ordinary token as the end token works, but is most likely a mistake. */
     if (end + 1 < known)
         warn("%s: its end token, eos_token_id %zu, is the ordinary token \"%s\"; to this model a "
-             "text ends wherever that token stands in it",
+             "text ends wherever it contains that token",
              folder, end, token_as_unicode(&arena, tok->token[end]).data);
     arena_free(&arena);
 }
@@ -15071,9 +15148,13 @@ static void command_pretrain(struct Options *o) {
     o->config.eos_token_id = o->config.pad_token_id = o->config.bos_token_id;
     config_check(&o->config, "command line");
     load_tokenizer(o);
-    o->model = o->model_name_or_path ? load_model(o, o->model_name_or_path) : gpt2_new(o->config);
-    if (!o->model_name_or_path)
+    if (o->model_name_or_path) {
+        o->model = load_model(o, o->model_name_or_path);
+    } else {
+        tokenizer_check_size(o->tok, "--vocab_size: the new model", o->config.vocab_size);
+        o->model = gpt2_new(o->config);
         gpt2_init(o->model, o->train.seed);
+    }
     leave_out_heads(o->model);
 
     /* 2. Rows must fit the model's context. The default length is reduced to it, but not a length
@@ -15465,13 +15546,12 @@ static void command_generate(struct Options *o) {
     }
 }
 
-/* Prints the tokens that can follow a prompt, the likeliest first. Their `logit` now holds a
- * probability. */
+/* Prints the tokens that can follow a prompt, the likeliest first. */
 static void print_next_json(struct Options *o, const struct Candidate *top, size_t kept) {
     json_write_string(stdout, "{\"prompt\": ", text_of(o->prompt));
     printf(", \"kept\": %zu, \"top\": [", kept);
     for (size_t i = 0; i < MIN(kept, o->top_n); i++)
-        printf("%s[%d, %.9g]", i ? ", " : "", top[i].id, top[i].logit);
+        printf("%s[%d, %.9g]", i ? ", " : "", top[i].id, top[i].value);
     puts("]}");
 }
 
@@ -15481,7 +15561,7 @@ static void print_next_table(struct Options *o, const struct Candidate *top, siz
     printf("   id  probability  token     (%zu of %zu tokens can follow; entropy %.3f nats)\n",
            kept, V, entropy);
     for (size_t i = 0; i < MIN(kept, o->top_n); i++) {
-        printf("%5d  %11.6f  ", top[i].id, top[i].logit);
+        printf("%5d  %11.6f  ", top[i].id, top[i].value);
         json_write_string(stdout, "", tokenizer_decode(o->tok, top[i].id, V));
         putchar('\n');
     }
@@ -15696,13 +15776,12 @@ static void collection_read(struct Options *o, struct Collection *c) {
     bool begun = file_exists(c->path);
     bool any = begun && read_file(&o->arena, c->path).length > 0;
     /* 1. The pairs. A prompt gives at most half as many as it has answers. */
-    if (any)
-        o->eval = dataset_load(&o->arena, c->path, DPO_SHAPES, 1);
-    size_t old = any ? o->eval->n : 0;
+    struct Dataset *pairs = any ? dataset_load(&o->arena, c->path, DPO_SHAPES, 1) : NULL;
+    size_t old = pairs ? pairs->n : 0;
     size_t most = old + c->source.n * o->reinforce.num_generations / 2;
     c->pairs = arena_alloc(&o->arena, most, sizeof *c->pairs);
     for (; c->n < old; c->n++)
-        c->pairs[c->n] = pair_shown(o, o->eval->rows[c->n], "");
+        c->pairs[c->n] = pair_shown(o, pairs->rows[c->n], "");
 
     /* 2. The prompts. The list counts as far as it agrees with this data set's prompts. */
     struct Json *json = begun && file_exists(path) ? json_read_file(&o->arena, path) : NULL;
@@ -16113,6 +16192,7 @@ static void command_rlhf(struct Options *o) {
         course.scale = MIN(1, (double)COURSE_WIDTH / (double)model->config.n_embd);
         learning_rate = 5e-4;
     } else {
+        tokenizer_check_size(tok, "rlhf's new model", COURSE_VOCAB);
         model = course_new_model(data, o->train.seed);
     }
 
@@ -16384,7 +16464,7 @@ static int pass_over(struct Options *o, const struct PassedOver *flag, const cha
         bool harmless = !flag->harmless || (value && list_has(flag->harmless, value))
                         || (boolean && list_has(flag->harmless, truth ? "true" : "false"));
         if (!harmless)
-            die_usage("--%s %s cannot be had: %s; leave it out, or give %s", name,
+            die_usage("--%s %s is not supported: %s; leave it out, or give %s", name,
                       value ? value : "true", flag->why, flag->harmless);
         if (!rest[taken] || is_flag(rest[taken]))
             break;

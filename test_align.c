@@ -2857,8 +2857,8 @@ static void test_lm_head_hand(void) {
     expect_close("an answer of two", logps[1], -5, 0);
 }
 
-/* One row, from its log-probability's slope to wte and to the hidden state: by hand. */
-static void test_lm_head_backward_hand(void) {
+/* A model of two tokens and width 2, to be trained. */
+static struct GPT2 *two_token_model(void) {
     struct GPT2Config config = {
         .vocab_size = 2,
         .n_positions = 1,
@@ -2871,6 +2871,12 @@ static void test_lm_head_backward_hand(void) {
     };
     struct GPT2 *model = gpt2_new(config);
     gpt2_make_trainable(model);
+    return model;
+}
+
+/* One row, from its log-probability's slope to wte and to the hidden state: by hand. */
+static void test_lm_head_backward_hand(void) {
+    struct GPT2 *model = two_token_model();
     memcpy(model->wte.w, (float[]){0, 0, logf(3), 0}, 4 * sizeof(float));
 
     float hidden[] = {1, 2};
@@ -2884,6 +2890,33 @@ static void test_lm_head_backward_hand(void) {
     lm_head_backward(model, &head, &dlogprob, dhidden, &test_arena);
     expect_floats("d wte", model->wte.d, (double[]){0.5, 1, -0.5, -1}, 4, 1e-6);
     expect_floats("d hidden", dhidden, (double[]){-0.5 * log(3), 0}, 2, 1e-6);
+    gpt2_free(model);
+}
+
+/* Chapter 17's number, from PPO's slope to wte both ways, without blocks and norm: by hand. */
+static void test_wte_hand(void) {
+    struct GPT2 *model = two_token_model();
+    memcpy(model->wte.w, (float[]){0, 0, 0.6952f, 0}, 4 * sizeof(float));
+    memcpy(model->wpe.w, (float[]){0.3048f, 2}, 2 * sizeof(float));
+
+    struct Batch batch = {.N = 1, .ids = (int[]){1}, .position = (int[]){0}};
+    float hidden[2];
+    embedding_forward(hidden, &batch, model->wte.w, model->wpe.w, 2);
+    expect_floats("hidden", hidden, (double[]){1, 2}, 2, 1e-6);
+
+    float dhidden[2] = {0};
+    float dlogprob = 0.3957f;
+    int row = 0;
+    int target = 0;
+    struct Activations acts = {.ln_f = hidden};
+    struct LMHead head = lm_head_new(model, &test_arena, &acts, &row, &target, 1, 1);
+    lm_head_forward(model, &head);
+    expect_close("log pi", head.logprob[0], -1.1, 1e-4);
+    lm_head_backward(model, &head, &dlogprob, dhidden, &test_arena);
+    expect_floats("d wte, output", model->wte.d, (double[]){0.264, 0.528, -0.264, -0.528}, 4, 1e-4);
+    expect_floats("d hidden", dhidden, (double[]){-0.1835, 0}, 2, 1e-4);
+    embedding_backward(model->wte.d, model->wpe.d, dhidden, &batch, 2);
+    expect_floats("d wte", model->wte.d, (double[]){0.264, 0.528, -0.4475, -0.528}, 4, 1e-4);
     gpt2_free(model);
 }
 
@@ -3805,7 +3838,7 @@ static void test_beam_candidates(void) {
     double first[4] = {0};
     expect_count("without sampling", beam_candidates(score, 4, 2, &test_arena, best), 2);
     expect_true("the two best, best first",
-                best[0].id == 0 && best[1].id == 3 && best[0].logit == score[0]);
+                best[0].id == 0 && best[1].id == 3 && best[0].value == score[0]);
     for (int i = 0; i < 20000; i++) {
         float *key = gumbel_keys(&test_arena, score, 4, &rng);
         size_t n = beam_candidates(key, 4, 4, &test_arena, best);
@@ -5704,7 +5737,7 @@ static void test_json_errors(void) {
         {"1.", "decimal point"},
         {"1e", "exponent"},
         {"-", "a value was expected"},
-        {"0x10", "behind its end"},
+        {"0x10", "follows its end"},
         {"1e999", "beyond 1.8e308"},
         {"[-1e999]", "beyond 1.8e308"},
         {"\"caf\xe9\"", "not UTF-8"},
@@ -5722,9 +5755,9 @@ static void test_json_errors(void) {
         {"{// a\n}", "a comment"},
         {"{\"a\":1 /* b */}", "a comment"},
         {"1 // a", "a comment"},
-        {"{\"a\":1},", "a comma behind its end; take it out"},
+        {"{\"a\":1},", "a comma follows its end; take it out"},
         {"\"a\nb", "a line break in it is \\n"},
-        {"1 2", "behind its end"},
+        {"1 2", "follows its end"},
         {"{1:2}", "in quotes"},
         {"[", "it ends"},
     };
@@ -6158,7 +6191,7 @@ static void test_data_formats(void) {
         {"{\n  'text': 'a'\n}\n", "data.jsonl:1: not JSON: a member's name in quotes was expected "
                                   "(byte 2); the object goes on in the next line"},
         {"{'text': 'a',\r\n 'label': 1}\n", "the object goes on in the next line, it must be on "
-                                            "one; run: jq -c . '"},
+                                            "one; run: jq -c . "},
         {"{'text':\n 'a'}\n", "the object goes on in the next line"},
         {"{'messages': [{'role': 'user', 'content': 'Hi'}]}\n", "data.jsonl:1: \"messages\" is a "
                                                                 "chat"},
@@ -6195,7 +6228,7 @@ static void test_broken_data(void) {
                                             "is known"},
         {"", "no row with \"text\" was found"},
         {"\n \n", "no row with \"text\" was found"},
-        {"{'text': 'a'} x", "something stands behind its end"},
+        {"{'text': 'a'} x", "something follows its end"},
         {"\xef\xbb\xbf{'text': 'a'}\r\n{'text': 3}\r\n", "data.jsonl:2: \"text\" must be a string"},
         {"{'text': 'a'}\n{'text': 'caf\xe9'}\n", "data.jsonl:2: not JSON: a string that is not "
                                                  "UTF-8; save the file as UTF-8 (byte 14)"},
@@ -7465,6 +7498,25 @@ static void test_checkpoint_limit(void) {
     trainer_free(&trainer);
 }
 
+/* A power cut between the two renames of checkpoint_save leaves the old checkpoint under a
+ * temporary name: it is put back. */
+static void test_checkpoint_clean(void) {
+    const char *dir = temporary("cut_short");
+    make_folder(temporary("cut_short/tmp-checkpoint-4"));
+    make_folder(temporary("cut_short/tmp-checkpoint-4-old"));
+    make_folder(temporary("cut_short/tmp-checkpoint-6-removed"));
+    make_folder(temporary("cut_short/checkpoint-8"));
+    make_folder(temporary("cut_short/tmp-checkpoint-8-old"));
+    write_bytes("cut_short/tmp-checkpoint-4-old/old", "{", 1);
+    checkpoint_clean(dir);
+    expect_true("put back", file_exists(temporary("cut_short/checkpoint-4/old")));
+    static const char *const gone[] = {"4", "4-old", "6-removed", "8-old"};
+    for (size_t i = 0; i < COUNT(gone); i++) {
+        const char *name = formatted("cut_short/tmp-checkpoint-%s", gone[i]);
+        expect_true(gone[i], !file_exists(temporary(name)));
+    }
+}
+
 /* Which checkpoint is older is told by what they hold: times, which a copy or a restored folder
  * loses, say nothing. Each run that begins in a folder, anew or from a checkpoint, is later than
  * all before it; checkpoints of old come first. */
@@ -7570,11 +7622,16 @@ static void resume_not_finite(const void *argument) {
     checkpointed_run(examples, dir, 4, 0);
 }
 
-static void numbers_checked(const void *checkpoint) {
-    struct TrainerState state = {0};
-    struct Checkpoint c = *(const struct Checkpoint *)checkpoint;
-    c.state = &state;
-    checkpoint_check_numbers(&c, "ck");
+static void size_restored(const void *words) {
+    size_t at = 0;
+    struct Saved saved = {"at", &at, 1, SAVED_SIZE, .most = 5};
+    saved_restore(&saved, words, "ck", "ppo.at");
+}
+
+static void double_restored(const void *words) {
+    double kl_coef = 0;
+    struct Saved saved = {"kl_coef", &kl_coef, 1, SAVED_DOUBLE, .most = UINT64_MAX};
+    saved_restore(&saved, words, "ck", "ppo.kl_coef");
 }
 
 static void test_checkpoint_errors(void) {
@@ -7607,22 +7664,18 @@ static void test_checkpoint_errors(void) {
     for (size_t i = 0; i < COUNT(others); i++)
         expect_end(others[i], resume_other, others[i], 1, others[i]);
     static const char *const numbers[][2] = {
-        {"test.progress 2", "test.progress: number 2 is nan, a finite one was expected; the file "
-                            "is damaged, take an earlier checkpoint"},
-        {"test.progress 4", "test.progress: number 4 is nan, a finite one was expected"},
+        {"test.total_loss 0", "test.total_loss: number 0 is nan, a finite one was expected; the "
+                              "file is damaged, take an earlier checkpoint"},
+        {"test.epoch 0", "test.epoch: number 0 is nan, a finite one was expected"},
         {"metric.loss 0", "metric.loss is nan, a finite number was expected"},
         {"exp_avg.wte.weight 0", "tensor exp_avg.wte.weight: number 1 is nan, a finite one was "
                                  "expected; take an earlier"},
     };
     for (size_t i = 0; i < COUNT(numbers); i++)
         expect_end(numbers[i][1], resume_not_finite, numbers[i][0], 1, numbers[i][1]);
-    struct Checkpoint c = {.task = "ppo"};
-    checkpoint_add(&c, "at", &(size_t){7}, 1, 5);
-    expect_end("a place that is not there", numbers_checked, &c, 1,
+    expect_end("a place that is not there", size_restored, &(uint64_t){7}, 1,
                "ck: ppo.at: number 0 is 7, at most 5 was expected; the file is damaged");
-    c.count = 0;
-    checkpoint_add_doubles(&c, "kl_coef", &(double){NAN}, 1);
-    expect_end("no KL coefficient", numbers_checked, &c, 1,
+    expect_end("no KL coefficient", double_restored, &(double){NAN}, 1,
                "ck: ppo.kl_coef: number 0 is nan, a finite one was expected");
 }
 
@@ -7932,12 +7985,12 @@ static void test_cli_errors(void) {
         {2, "--no_use_peft takes no value", "sft --no_use_peft=true"},
         {2, "--l: which of these is meant? --lora_r, --lora_alpha", "dpo --l 1"},
         {2, "\"--\" is no flag", "dpo --"},
-        {2, "--bf16 true cannot be had: align computes in float32; leave it out, or give false",
+        {2, "--bf16 true is not supported: align computes in float32; leave it out, or give false",
          "sft --bf16"},
-        {2, "--packing True cannot be had", "sft --packing True"},
-        {2, "--eval_strategy epoch cannot be had: an evaluation comes each --eval_steps",
+        {2, "--packing True is not supported", "sft --packing True"},
+        {2, "--eval_strategy epoch is not supported: an evaluation comes each --eval_steps",
          "dpo --eval_strategy epoch"},
-        {2, "--report_to wandb cannot be had", "sft --report_to none wandb"},
+        {2, "--report_to wandb is not supported", "sft --report_to none wandb"},
         {2, "the nearest is --output_max_length", "ppo --max_new_tokens 5"},
         {2, "the nearest is --max_new_tokens", "generate --max_length 5"},
         {2, "the nearest is --learning_rate", "sft --lr 1"},
@@ -8942,6 +8995,7 @@ static const struct {
     {"gpt2_golden", test_gpt2_golden},
     {"lm_head_hand", test_lm_head_hand},
     {"lm_head_backward_hand", test_lm_head_backward_hand},
+    {"wte_hand", test_wte_hand},
     {"gpt2_gradient_golden", test_gpt2_gradient_golden},
     {"gpt2_gradient", test_gpt2_gradient},
     {"gpt2_chunks", test_gpt2_chunks},
@@ -9067,6 +9121,7 @@ static const struct {
     {"checkpoint_resume", test_checkpoint_resume},
     {"checkpoint_complete", test_checkpoint_complete},
     {"checkpoint_limit", test_checkpoint_limit},
+    {"checkpoint_clean", test_checkpoint_clean},
     {"checkpoint_age", test_checkpoint_age},
     {"checkpoint_errors", test_checkpoint_errors},
     {"full_disk", test_full_disk},

@@ -274,7 +274,7 @@ case("Flags of theirs that change nothing here",
 case("With a value that would change something",
      [sft + f for f in ("--bf16", "--bf16 true", "--packing true", "--load_best_model_at_end",
                         "--eval_strategy epoch", "--report_to wandb", "--torch_dtype bfloat16")], 2,
-     "cannot be had: ", "leave it out, or give ")
+     "is not supported: ", "leave it out, or give ")
 case("A flag that changes nothing beside the others",
      [sft + "--lora_r 4",
       generate + "--temperature 2",
@@ -541,7 +541,7 @@ look = "next --prompt x --model_name_or_path "
 model("eos13", config={"eos_token_id": 13})
 case("The end token is an ordinary token: a note", look + "eos13", 0,
      'note: eos13: its end token, eos_token_id 13, is the ordinary token "."; to this model a text'
-     ' ends wherever that token stands in it')
+     ' ends wherever it contains that token')
 lines("learn.jsonl",
       {"prompt": "The film is", "completion": " good", "chosen": " good", "rejected": " bad"})
 for name, command in (("sft", "sft"), ("dpo", "dpo --loss_type sft")):
@@ -656,23 +656,23 @@ case("A file without end",
      "/dev/zero: has no end within 1 GB")
 case("A CSV as data", sft + "--dataset_name data.csv", 1,
      "data.csv: is a table (CSV), JSON Lines were expected; run: python3 -c ",
-     "pandas.read_csv('data.csv').to_json('rows.jsonl'")
+     "pandas.read_csv(sys.argv[1]).to_json(orient='records', lines=True), end='')\" data.csv > rows.jsonl")
 write("data.tsv", "text\tlabel\nA fine film.\t1\n")
 case("A table with tabs as data", [c + "--dataset_name data.tsv" for c in (sft, dpo, reward, ppo)],
-     1, "data.tsv: is a table (TSV)", "pandas.read_table('data.tsv')")
+     1, "data.tsv: is a table (TSV)", "pandas.read_table(sys.argv[1])")
 for name, start, kind, remedy in (
-    ("data.parquet", b"PAR1\x15\x04", "Parquet", "pandas.read_parquet('data.parquet')"),
-    ("data.feather", b"ARROW1\0\0", "an Arrow file", "pandas.read_feather('data.feather')"),
+    ("data.parquet", b"PAR1\x15\x04", "Parquet", "pandas.read_parquet(sys.argv[1])"),
+    ("data.feather", b"ARROW1\0\0", "an Arrow file", "pandas.read_feather(sys.argv[1])"),
     ("data.arrow", b"\xff\xff\xff\xff\x10\x01", "an Arrow stream",
-     "Dataset.from_file('data.arrow')"),
+     "Dataset.from_file(sys.argv[1])"),
     ("data.jsonl.gz", b"\x1f\x8b\x08\0", "compressed by gzip",
-     "gzip -dc 'data.jsonl.gz' > rows.jsonl"),
+     "gzip -dc data.jsonl.gz > rows.jsonl"),
     ("data.jsonl.zst", b"\x28\xb5\x2f\xfd\x04", "compressed by zstd",
-     "zstd -dc 'data.jsonl.zst' > rows.jsonl"),
+     "zstd -dc data.jsonl.zst > rows.jsonl"),
     ("data.jsonl.bz2", b"BZh91AY&SY", "compressed by bzip2",
-     "bzip2 -dc 'data.jsonl.bz2' > rows.jsonl"),
-    ("data.jsonl.xz", b"\xfd7zXZ\0", "compressed by xz", "xz -dc 'data.jsonl.xz' > rows.jsonl"),
-    ("data.zip", b"PK\x03\x04\x14", "a zip archive", "unzip -p 'data.zip' > rows.jsonl"),
+     "bzip2 -dc data.jsonl.bz2 > rows.jsonl"),
+    ("data.jsonl.xz", b"\xfd7zXZ\0", "compressed by xz", "xz -dc data.jsonl.xz > rows.jsonl"),
+    ("data.zip", b"PK\x03\x04\x14", "a zip archive", "unzip -p data.zip > rows.jsonl"),
 ):
     write(name, start)
     case("Data in another format: %s" % kind, sft + "--dataset_name " + name, 1,
@@ -685,10 +685,10 @@ case("A JSON array as data",
      [sft + "--dataset_name array.json", dpo + "--eval_dataset array.json",
       "tokenize --jsonl array.json"], 1,
      "array.json: is a JSON array, JSON Lines were expected; run: python3 -c ",
-     "json.load(open('array.json'))")
+     "json.load(open(sys.argv[1]))]\" array.json > rows.jsonl")
 write("pretty.jsonl", '{\n  "text": "a"\n}\n')
 case("JSON over several lines", sft + "--dataset_name pretty.jsonl", 1, "pretty.jsonl:1: not JSON",
-     "the object goes on in the next line, it must be on one; run: jq -c . 'pretty.jsonl' >"
+     "the object goes on in the next line, it must be on one; run: jq -c . pretty.jsonl >"
      " rows.jsonl")
 write("broken_text.jsonl", '{"text": "a\nb"}\n')
 case("A line break inside a text", sft + "--dataset_name broken_text.jsonl", 1,
@@ -703,7 +703,7 @@ for what, row, words in (
     ("a comment", '{"text": "a"} // good', "a comment, JSON has none; take it out (byte 15)"),
     ("a comment of its own line", '# texts\n{"text": "a"}', "a comment, JSON has none"),
     ("a comma behind the object", '{"text": "a"},\n{"text": "b"}',
-     "a comma behind its end; take it out (byte 14)"),
+     "a comma follows its end; take it out (byte 14)"),
 ):
     write("foreign.jsonl", row + "\n")
     case("What is not JSON: %s" % what, sft + "--dataset_name foreign.jsonl", 1,
@@ -741,7 +741,7 @@ write("cut.jsonl", '{"text": "a"}\n{"text": "b')
 case("A last line that is cut short", sft + "--dataset_name cut.jsonl", 1, "cut.jsonl:2: not JSON")
 write("twice.jsonl", '{"text": "a"} {"text": "b"}\n')
 case("Two objects on a line", sft + "--dataset_name twice.jsonl", 1,
-     "twice.jsonl:1: not JSON: something stands behind its end (byte 15)")
+     "twice.jsonl:1: not JSON: something follows its end (byte 15)")
 lines("other.jsonl", {"text": "a"}, {"review": "b"})
 case("A line without the field", sft + "--dataset_name other.jsonl", 1,
      'other.jsonl:2: expected "text", found no field that is known')

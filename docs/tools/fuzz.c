@@ -554,9 +554,9 @@ static void resumed_open(struct Resumed *r) {
     r->args.output_dir = "fuzzed";
     r->args.resume_from_checkpoint = "fuzzed/checkpoint-4";
     r->checkpoint = checkpoint_new("sft", r->model, NULL, &r->args, &r->state);
-    checkpoint_add(&r->checkpoint, "rng", r->rng.s, 4, UINT64_MAX);
-    checkpoint_add(&r->checkpoint, "place", &r->place, 1, 8);
-    checkpoint_add_fixed(&r->checkpoint, "rows", &r->rows, "the number of rows");
+    checkpoint_add_random(&r->checkpoint, "rng", &r->rng);
+    checkpoint_add_sizes(&r->checkpoint, "place", &r->place, 1, 8);
+    checkpoint_add_fixed(&r->checkpoint, "rows", r->rows, "the number of rows");
     checkpoint_add_doubles(&r->checkpoint, "running", r->running, COUNT(r->running));
 }
 
