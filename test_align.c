@@ -8612,6 +8612,16 @@ static size_t heads_left_out(const char *format, ...) {
     return notes;
 }
 
+static void small_tokenizer_checked(const void *name) {
+    tokenizer_check_size(&(struct Tokenizer){.path = "small.bin", .vocab_size = 300}, name, 50257);
+}
+
+/* A new model with more ids than the tokenizer is refused before it is trained. */
+static void test_tokenizer_size(void) {
+    expect_end("more ids than texts", small_tokenizer_checked, "the new model", 1,
+               "the new model: has 50257 ids, small.bin only 300; another --tokenizer is needed");
+}
+
 /* From a model with both heads each command makes what it makes from the language model below them,
  * bit for bit; the heads that it has no use for are neither trained nor saved, and it says so.
  * reward goes on with the reward head, ppo with the value head, and a reference may be anything. */
@@ -9145,6 +9155,7 @@ static const struct {
     {"collect_resume", test_collect_resume},
     {"cli_lora", test_cli_lora},
     {"same_folder", test_same_folder},
+    {"tokenizer_size", test_tokenizer_size},
     {"heads_left_out", test_heads_left_out},
     {"glossary_fold", test_glossary_fold},
     {"glossary_find", test_glossary_find},
