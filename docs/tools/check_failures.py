@@ -656,7 +656,8 @@ case("A file without end",
      "/dev/zero: has no end within 1 GB")
 case("A CSV as data", sft + "--dataset_name data.csv", 1,
      "data.csv: is a table (CSV), JSON Lines were expected; run: python3 -c ",
-     "pandas.read_csv(sys.argv[1]).to_json(orient='records', lines=True), end='')\" data.csv > rows.jsonl")
+     "pandas.read_csv(sys.argv[1]).to_json(orient='records', lines=True), end='')\" data.csv "
+     "> rows.jsonl")
 write("data.tsv", "text\tlabel\nA fine film.\t1\n")
 case("A table with tabs as data", [c + "--dataset_name data.tsv" for c in (sft, dpo, reward, ppo)],
      1, "data.tsv: is a table (TSV)", "pandas.read_table(sys.argv[1])")

@@ -200,14 +200,19 @@ def started_over(command, seconds, expected, files):
     """
     out = f"{work}/over"
 
-    def time_of_first():
-        return os.path.getmtime(f"{out}/{checkpoints(out)[0]}/optimizer.safetensors")
-
     shutil.rmtree(out, ignore_errors=True)
     subprocess.run(align(command, out, "--seed", "7"), check=True)
+    first = f"{out}/{checkpoints(out)[0]}/optimizer.safetensors"
+    before = os.path.getmtime(first)
+
+    def is_replaced():
+        try:
+            return os.path.getmtime(first) != before
+        except FileNotFoundError:  # between the renames of the old folder and of the new one
+            return False
+
     process = subprocess.Popen(align(command, out), stderr=subprocess.DEVNULL)
-    before = time_of_first()
-    while process.poll() is None and time_of_first() == before:
+    while process.poll() is None and not is_replaced():
         time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.wait()
