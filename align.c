@@ -2548,8 +2548,8 @@ static void split_implicit_prompt(struct Row *row) {
  *
  * "Must predict 6" means only that log pi of 6 is computed there. In PPO 6 is what the policy
  * wrote, and may be about to become less likely. Row 2, the 8, predicts nothing: the token after
- * it, 9, belongs to the prompt. Losses are computed
- * for R targets, in arrays without gaps; `row` leads back to the hidden state of each. */
+ * it, 9, belongs to the prompt. Losses are computed for R targets, in arrays without gaps; `row`
+ * leads back to the hidden state of each. */
 struct Batch {
     size_t B, N, R, max_length; /* max_length: of the longest text, in positions */
     size_t tokens; /* of the examples, whether or not the model reads their last ones */
@@ -6496,8 +6496,9 @@ struct TrainerState {
     size_t global_step; /* steps done */
     size_t max_steps, steps_per_epoch;
     double num_train_epochs;
-    size_t num_tokens, samples; /* over all steps so far */
-    double total_loss, seconds, epoch; /* the same */
+    /* over all steps so far */
+    size_t num_tokens, samples;
+    double total_loss, seconds, epoch;
     struct LogEntry *log_history;
     size_t log_count, log_capacity;
     struct LogEntry metrics; /* sums since the last log entry */
@@ -6735,9 +6736,9 @@ static double trainer_accumulate(struct Trainer *trainer, const size_t *order, s
     double loss = 0;
     /* the gradients are 0 here: the last optimizer step left them so */
     for (size_t first = 0; first < n; first += size) {
-        /* 1. forward, loss, backward */
+        /* 1. forward, loss, backward, in the memory of the micro-batch before */
         arena_reset(&trainer->arena);
-        trainer->model->trace.has_acts = false; /* they were in that arena */
+        trainer->model->trace.has_acts = false;
         size_t count = MIN(size, n - first);
         loss += trainer->task.loss(trainer, order + first, count, weight, TO_LEARN);
 
@@ -8757,6 +8758,7 @@ static void ppo_mini_batch(struct RolloutTrainer *trainer, const struct Rollout 
      * and mini_batch_size decides how large. */
     struct Arena *arena = &trainer->ppo.epoch_arena;
     arena_reset(arena);
+    trainer->model->trace.has_acts = false; /* those of the mini-batch before */
 
     /* 1. What does the policy say of these answers now? Before any weight has moved, that is what
      *    step 2 of ppo_step found: if the mini-batch has all answers, no second pass is needed. */
@@ -10645,10 +10647,10 @@ static void course_run(struct Course *course, const struct Dataset *data,
 /* =============================================================================================
  * Part IV - The program
  *
- * Machinery: what a program needs around its mathematics. After this
- * part a reader knows how models, data and checkpoints are read and written so that transformers,
- * TRL and PEFT understand them and neither a broken file nor a full disk loses anything, and how a
- * command line becomes a call of the functions above.
+ * Machinery: what a program needs around its mathematics. After this part a reader knows how
+ * models, data and checkpoints are read and written so that transformers, TRL and PEFT understand
+ * them and neither a broken file nor a full disk loses anything, and how a command line becomes a
+ * call of the functions above.
  * ============================================================================================= */
 
 /* =============================================================================================
@@ -11507,7 +11509,8 @@ static void tokenizer_save(const struct Tokenizer *tok, const char *folder, size
     arena_free(&arena);
 }
 
-/* A model may have fewer ids than the tokenizer, or a few without a text, but not more. */
+/* Every id of a model up to the end of text must be one of the tokenizer's. Ids beyond, which round
+ * up the size of a vocabulary, have no text. */
 static void tokenizer_check_size(const struct Tokenizer *tok, const char *model,
                                  size_t vocab_size) {
     CHECK((size_t)endoftext_id(vocab_size) < tok->vocab_size,
@@ -13155,15 +13158,18 @@ static void model_replace(struct GPT2 *model, const char *folder, const struct T
     folder_delete(staged_folder); /* what a killed run may have left there */
     model_save(model, staged_folder, tok);
 
-    /* 2. All are complete: move them into place, one by one, the weights last. Only what
-     *    stops it between two of these renames can leave files of both models. */
-    folder_move_files(staged_folder, folder, false);
-    folder_move_files(staged_folder, folder, true);
-    folder_delete(staged_folder);
+    /* 2. All are complete: move them into place, one by one, the weights last. Only what stops it
+     *    between two of these renames can leave files of both models; from here on die_with must
+     *    not remove the rest of the new one. */
+    const char *complete = staged_folder;
+    staged_folder = NULL;
+    folder_move_files(complete, folder, false);
+    folder_move_files(complete, folder, true);
+    folder_delete(complete);
+
     /* 3. An adapter's value head has a file of its own, which must not outlive it. */
     if (model->adapter.r && !model->v_head.weight.n)
         remove(arena_printf(&arena, "%s/model.safetensors", folder));
-    staged_folder = NULL;
     folder_sync(folder);
     arena_free(&arena);
 }
@@ -13571,12 +13577,12 @@ static void checkpoint_add_sizes(struct Checkpoint *c, const char *name, size_t 
 }
 
 static void checkpoint_add_doubles(struct Checkpoint *c, const char *name, double *at, size_t n) {
-    checkpoint_add(c, (struct Saved){name, at, n, SAVED_DOUBLE, .most = UINT64_MAX});
+    checkpoint_add(c, (struct Saved){name, at, n, SAVED_DOUBLE});
 }
 
 /* A generator's state is four words of any value. */
 static void checkpoint_add_random(struct Checkpoint *c, const char *name, struct Rng *rng) {
-    checkpoint_add(c, (struct Saved){name, rng->s, 4, SAVED_WORD, .most = UINT64_MAX});
+    checkpoint_add(c, (struct Saved){name, rng->s, 4, SAVED_WORD});
 }
 
 static void checkpoint_add_fixed(struct Checkpoint *c, const char *name, uint64_t value,
@@ -15151,7 +15157,7 @@ static void command_pretrain(struct Options *o) {
     if (o->model_name_or_path) {
         o->model = load_model(o, o->model_name_or_path);
     } else {
-        tokenizer_check_size(o->tok, "--vocab_size: the new model", o->config.vocab_size);
+        tokenizer_check_size(o->tok, "the new model (--vocab_size)", o->config.vocab_size);
         o->model = gpt2_new(o->config);
         gpt2_init(o->model, o->train.seed);
     }

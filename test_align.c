@@ -7630,7 +7630,7 @@ static void size_restored(const void *words) {
 
 static void double_restored(const void *words) {
     double kl_coef = 0;
-    struct Saved saved = {"kl_coef", &kl_coef, 1, SAVED_DOUBLE, .most = UINT64_MAX};
+    struct Saved saved = {"kl_coef", &kl_coef, 1, SAVED_DOUBLE};
     saved_restore(&saved, words, "ck", "ppo.kl_coef");
 }
 

@@ -292,7 +292,9 @@ def interrupted_evaluation():
     command = f"sft --model_name_or_path {work}/lm --dataset_name {work}/texts.jsonl"
     command += f" --max_steps 2 --save_steps 2 --max_length 64 --eval_dataset {work}/held_out.jsonl"
     command += " --per_device_eval_batch_size 1"
-    for times in [1] + 20 * [2]:  # the second one must come before the model is saved: a few tries
+    for tries in range(40):  # the second one must come before the model is saved: a few tries,
+        times = 1 if tries == 0 else 2
+        pause = 0.0005 * (tries % 10 + 1)  # soon after the first, yet not so soon that they are one
         out = f"{work}/evaluation{times}"
         shutil.rmtree(out, ignore_errors=True)
         process = subprocess.Popen(align(command, out), stderr=subprocess.PIPE, text=True)
@@ -300,7 +302,7 @@ def interrupted_evaluation():
             time.sleep(0.002)
         for _ in range(times):
             process.send_signal(signal.SIGINT)
-            time.sleep(0.005)
+            time.sleep(pause)
         message = process.communicate()[1].strip().split("\n")[-1]
         files = ("model.safetensors", "trainer_state.json")
         saved = all(os.path.exists(f"{out}/{name}") for name in files)
