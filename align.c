@@ -2898,8 +2898,7 @@ typedef float float16_any __attribute__((vector_size(64), aligned(4)));
 /* 4 x 8 sums, in 8 vectors: 8 of the 16 registers of SSE hold them.
  * The three tiles differ only in the width of their vectors. A type fixes that width, so each tile
  * is written out. The outer loops over the sums carry an unroll pragma: gcc keeps an array in
- * registers
- * only if every index into it is a constant. */
+ * registers only if every index into it is a constant. */
 static void tile_4x8(size_t K, const float *a, const float *b, const float *start, size_t start_row,
                      float *c, size_t c_row) {
     /* 1. What the sums start from: zeros, a bias or C itself. */
@@ -2984,8 +2983,8 @@ static ALWAYS_INLINE void linear_few_rows(struct MatrixOut y, struct Matrix x, s
                     x.data[n * x.row_stride + k] * weight.data[k * stride + j];
 }
 
-static void few_rows_plain(struct MatrixOut y, struct Matrix x, struct Matrix weight,
-                           const float *bias) {
+static void few_rows_base(struct MatrixOut y, struct Matrix x, struct Matrix weight,
+                          const float *bias) {
     /* inlined here, and so compiled with the instructions that every processor has */
     linear_few_rows(y, x, weight, bias);
 }
@@ -3064,7 +3063,7 @@ AVX512 static void few_rows_avx512(struct MatrixOut y, struct Matrix x, struct M
 #endif
 
 static const struct Kernel KERNELS[] = {
-    {"plain 4x8", 4, 8, tile_4x8, few_rows_plain},
+    {"base 4x8", 4, 8, tile_4x8, few_rows_base},
 #if defined(__x86_64__)
     {"avx2 4x24", 4, 24, tile_4x24, few_rows_avx2},
     {"avx512 8x32", 8, 32, tile_8x32, few_rows_avx512},
@@ -3084,7 +3083,7 @@ static size_t kernel_widest(void) {
 }
 
 /* Does ALIGN_KERNEL, given as `asked`, mean kernel k: by its index, its name or the name's first
- * word? ("plain" alone never gets here: it means matmul_plain.) */
+ * word? */
 static bool kernel_is_asked(size_t k, const char *asked) {
     const char *name = KERNELS[k].name;
     size_t word = strcspn(name, " ");
@@ -3109,9 +3108,9 @@ static size_t kernel_by_name(const char *asked) {
 }
 
 /* kernel_choose -- sets `kernel` to the widest that this processor can run, or to the one that the
- * environment variable ALIGN_KERNEL requests: 0, 1, 2, avx2, avx512; "plain" for none, which leaves
- * matmul_plain. Kernels round differently: to reproduce the bits of another machine, request its
- * kernel.                                                                    test: kernel_choose */
+ * environment variable ALIGN_KERNEL requests: base, avx2 or avx512, or 0, 1, 2; "plain" for none,
+ * which leaves matmul_plain. Kernels round differently: to reproduce the bits of another machine,
+ * request its kernel.                                                        test: kernel_choose */
 static void kernel_choose(void) {
     size_t widest = kernel_widest();
     const char *asked = getenv("ALIGN_KERNEL");
@@ -3350,10 +3349,11 @@ static void matmul_block(const struct Product *product) {
         /* 3. All threads pack A. After this loop each one waits for the others: a tile may need
          *    what another thread has packed. */
 #pragma omp for schedule(static)
-        for (size_t m = 0; m < M; m += kernel->MR)
+        for (size_t m = 0; m < M; m += kernel->MR) {
             pack_a_panel(product, m);
+        }
 
-            /* 4. A thread that is done takes the next task; neighbouring tasks share B's panel. */
+        /* 4. A thread that is done takes the next task; neighbouring tasks share B's panel. */
 #pragma omp for schedule(dynamic) nowait
         for (size_t task = 0; task < panels * stretches; task++) {
             size_t m = task % stretches * rows;
@@ -3492,11 +3492,12 @@ WIDE static void row_dot_4(float *out, const float *x, const float *y, size_t y_
             for (size_t r = 0; r < 4; r++)
                 lane[r][j] += x[i + j] * y[r * y_row + i + j];
 
-    for (; i < n; i++)
+    for (; i < n; i++) {
         for (size_t r = 0; r < 4; r++)
             lane[r][0] += x[i] * y[r * y_row + i];
+    }
 
-            /* 2. The sum of the 16 lanes, for each of the four. */
+    /* 2. The sum of the 16 lanes, for each of the four. */
 #pragma GCC unroll 4
     for (size_t r = 0; r < 4; r++)
         out[r] = lane_sum(lane[r]);
@@ -4187,11 +4188,12 @@ WIDE static void attention_cached_head(float *out, const struct AttentionHead *h
 static void attention_cached(float *out, const float *qkv, const struct Batch *batch,
                              struct KVCache *cache, size_t layer, struct AttentionShape shape) {
     /* 1. Store the new keys and values. */
-    for (size_t n = 0; n < batch->N; n++)
+    for (size_t n = 0; n < batch->N; n++) {
         kv_cache_store(cache, batch, n, qkv, layer, shape.C);
+    }
 
-        /* 2. Each head of each new token is a task. With 16 tasks or fewer, as for one token of one
-         *    text, a team of threads would not pay. */
+    /* 2. Each head of each new token is a task. With 16 tasks or fewer, as for one token of one
+     *    text, a team of threads would not pay. */
 #pragma omp parallel for if (batch->N * shape.NH > 16)
     for (size_t task = 0; task < batch->N * shape.NH; task++) {
         size_t n = task / shape.NH;
@@ -6009,6 +6011,16 @@ static struct Sequence sequence_start(struct Arena *arena, const int *ids, size_
     return s;
 }
 
+/* Sequences that were written become examples to learn from. */
+static struct Example *sequences_as_examples(struct Arena *arena, const struct Sequence *sequences,
+                                             size_t n) {
+    struct Example *examples = arena_alloc(arena, n, sizeof *examples);
+    for (size_t i = 0; i < n; i++)
+        examples[i] =
+            (struct Example){sequences[i].ids, sequences[i].n, sequences[i].prompt_length};
+    return examples;
+}
+
 /* sample_answers -- a policy's answers to n prompts, num_generations to each, side by side.
  * in, out  rng: each answer takes one number from it as the seed of its own random numbers, so the
  *          k-th answer does not change if others become longer
@@ -6032,12 +6044,9 @@ static struct Example *sample_answers(const struct GPT2 *policy, struct Arena *a
         sequences[i] = sequence_start(arena, prompt->ids, prompt->n, max_new, policy, own);
     }
 
-    /* 2. The answers are written, and become examples to learn from. */
+    /* 2. The answers are written, all side by side. */
     generate(policy, sequences, total, generation);
-    struct Example *answers = arena_alloc(arena, total, sizeof *answers);
-    for (size_t i = 0; i < total; i++)
-        answers[i] = (struct Example){sequences[i].ids, sequences[i].n, sequences[i].prompt_length};
-    return answers;
+    return sequences_as_examples(arena, sequences, total);
 }
 
 /* =============================================================================================
@@ -7158,15 +7167,12 @@ static void pretrain_new_epoch(struct Trainer *trainer, size_t epoch) {
 static void language_sample(struct Trainer *trainer) {
     const struct LanguageTask *task = trainer->task.data;
     const struct Example *text = task->texts;
-    /* 1. about a line of text, sampled a little on the safe side (temperature 0.7) */
-    struct GenerationConfig sampling = {
-        .max_new_tokens = 28,
-        .do_sample = true,
-        .num_beams = 1,
-        .temperature = 0.7,
-        .top_p = 1,
-        .repetition_penalty = 1,
-    };
+    /* 1. about a line of text, sampled a little on the safe side */
+    struct GenerationConfig sampling = generation_config();
+    sampling.do_sample = true;
+    sampling.max_new_tokens = 28;
+    sampling.temperature = 0.7;
+    sampling.top_k = 0;
     struct Example prompt = {.ids = text->ids, .n = text->n > 3 ? 3 : 1};
 
     /* 2. The same prompt and the same random numbers each time: only the model changes. They come
@@ -8106,11 +8112,8 @@ static void collect_rollouts(const struct RolloutTrainer *trainer, struct Rollou
     generate(trainer->model, sequences, n, &source->generation);
 
     /* 2. One score for each answer as a whole: chapter 4 is about how it reaches the tokens. */
-    struct Example *examples = arena_alloc(arena, n, sizeof *examples);
+    struct Example *examples = sequences_as_examples(arena, sequences, n);
     float *score = arena_floats(arena, n);
-    for (size_t i = 0; i < n; i++)
-        examples[i] =
-            (struct Example){sequences[i].ids, sequences[i].n, sequences[i].prompt_length};
     scorer_score(&source->scorer, arena, examples, n, &trainer->model->config, score);
     for (size_t i = 0; i < n; i++)
         rollouts[i] =
@@ -8344,12 +8347,12 @@ static void reinforce_step(struct RolloutTrainer *trainer, const struct Rollout 
     target_logps_backward(trainer->model, arena, &r.batch, &r.head, n, dlogps, 1);
     check_finite(trainer->model, "the loss", loss);
 
-    /* 4. one step of the optimizer */
+    /* 4. All weights move. */
     double learning_rate = rollout_learning_rate(trainer);
     double grad_norm =
         optimizer_step(trainer->model, &trainer->args, learning_rate, ++trainer->step);
 
-    /* 5. the log */
+    /* 5. what is shown of it */
     log_value(&trainer->stats, "loss", loss);
     log_value(&trainer->stats, "grad_norm", grad_norm);
     log_value(&trainer->stats, "learning_rate", learning_rate);
@@ -9888,13 +9891,9 @@ static struct Rollout *exact_rollouts(const struct ExactWorld *w, const struct G
 
     /* Sampled from the policy's own distribution, with no filter: only such answers give an
      * unbiased estimate of its gradient. */
-    struct GenerationConfig sampling = {
-        .do_sample = true,
-        .num_beams = 1,
-        .temperature = 1,
-        .top_p = 1,
-        .repetition_penalty = 1,
-    };
+    struct GenerationConfig sampling = generation_config();
+    sampling.do_sample = true;
+    sampling.top_k = 0;
     for (size_t i = 0; i < EXACT_BATCH; i++) {
         /* all from the one prompt, token 0; only the random numbers differ */
         struct Rng own = rng_seed(rng_next(rng), STREAM_SAMPLE);
@@ -13577,12 +13576,12 @@ static void checkpoint_add_sizes(struct Checkpoint *c, const char *name, size_t 
 }
 
 static void checkpoint_add_doubles(struct Checkpoint *c, const char *name, double *at, size_t n) {
-    checkpoint_add(c, (struct Saved){name, at, n, SAVED_DOUBLE});
+    checkpoint_add(c, (struct Saved){.name = name, .at = at, .n = n, .type = SAVED_DOUBLE});
 }
 
 /* A generator's state is four words of any value. */
 static void checkpoint_add_random(struct Checkpoint *c, const char *name, struct Rng *rng) {
-    checkpoint_add(c, (struct Saved){name, rng->s, 4, SAVED_WORD});
+    checkpoint_add(c, (struct Saved){.name = name, .at = rng->s, .n = 4, .type = SAVED_WORD});
 }
 
 static void checkpoint_add_fixed(struct Checkpoint *c, const char *name, uint64_t value,
