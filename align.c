@@ -46,18 +46,24 @@
  *
  * RLHF in 600 lines. Read the essays that open chapters 2 to 5, then these functions in this
  * order, each with its comment. That is the whole idea:
- *   sigmoid, softmax        log-odds and logits become probabilities                     chapter 2
+ *   sigmoid, log_sigmoid    log-odds become probabilities                                chapter 2
+ *   softmax                 so do logits
  *   kl_exact, kl_k1         how far apart two models are; the estimate from one token
  *   bradley_terry_pair      a preference becomes a loss: how a reward model learns       chapter 3
  *   reinforce_advantages    how good an answer was, against what was to be expected      chapter 4
- *   reinforce_loss          a score becomes a gradient (read the essay above it)
- *   kl_reward               what a token pays for leaving the reference
+ *                           (before it, read "REINFORCE rests on one trick")
+ *   reinforce_loss          a score becomes a gradient
+ *   kl_penalty_token        how far a token took the policy from the reference
+ *   kl_reward               what it pays for that
  *   gae_step, gae           how a score at the end becomes an advantage at each token
+ *   whiten                  advantages on one scale
  *   ppo_token_loss          why PPO clips, and where the gradient is zero
  *   ppo_value_loss          how the value head learns what to expect
+ *   ppo_loss                both, as means over the tokens of a mini-batch
  *   exact_optimum           the best policy there is, in closed form                     chapter 5
  *   dpo_pair_loss           the same optimum from pairs alone
  *   ppo_rewards             where penalty and score reach the tokens of real answers     chapter 17
+ *   ppo_advantages          rewards, GAE and whitening for a step's answers
  *   ppo_step                the seven steps of PPO on a real model
  * Other paths. What is a policy, an omega, a rollout? Chapters 4, 2, 17. How does a transformer
  * learn at all? Chapters 9, 10, 11, 15. How does a gradient reach the embedding? The drawing that
@@ -71,8 +77,10 @@
  * numbers of those libraries ("golden") or a difference quotient.
  *
  * To step through:  make debug && gdb --args ./align_debug exact   (it needs no data)   then
- * break ppo_token_loss, run, finish: gdb prints the token's loss, slope and ratio. At ppo_backward
- * there is a model: p model->h[0].attn.c_attn.weight.w[0]@8. docs/debugging.md has guided tours.
+ * break ppo_token_loss, run, finish: gdb prints the token's loss, slope and ratio. The first ratios
+ * are 1. To stop where they have moved, type `ignore 1 1152` before `run`: a pass has 384 tokens,
+ * a step two, and in the first step the learning rate is 0. At ppo_backward there is a model:
+ * p model->h[0].attn.c_attn.weight.w[0]@8. docs/debugging.md has guided tours.
  *
  * Symbols. In shapes and loops a capital letter has one meaning (but in chapters 9 and 12, A, B, C,
  * M, N and K are the letters of matrix algebra):
@@ -175,6 +183,18 @@ static size_t peak_rss_bytes(void); /* the most memory that the program has had 
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
 #define COUNT(array) (sizeof(array) / sizeof(array)[0])
 
+/* SANITIZED: built with a sanitizer, which finds overruns, use after free and races. */
+#ifndef __has_feature
+#define __has_feature(x) 0
+#endif
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)          \
+    || __has_feature(address_sanitizer) || __has_feature(thread_sanitizer) \
+    || __has_feature(memory_sanitizer)
+#define SANITIZED 1
+#else
+#define SANITIZED 0
+#endif
+
 /* =============================================================================================
  * Part I - The ideas
  *
@@ -185,7 +205,7 @@ static size_t peak_rss_bytes(void); /* the most memory that the program has had 
  * ============================================================================================= */
 
 /* =============================================================================================
- * Chapter 1 - Ground: errors, random numbers, arena, scratch
+ * Chapter 1 - Ground: errors, random numbers
  *
  * Every later chapter builds on this one; a first reader may still begin with chapter 2.
  *
@@ -195,9 +215,8 @@ static size_t peak_rss_bytes(void); /* the most memory that the program has had 
  *
  * Random numbers. Everything random follows from --seed: the same seed gives the same bits.
  *
- * Memory. An arena hands out memory piece by piece and takes it all back at once: one call frees
- * everything in it, so nothing can be freed twice or forgotten. A training loop empties its arena
- * before each step.
+ * Memory. Chapters 2 to 5 need none of their own. Chapter 6 borrows scratch, a working space that
+ * each thread keeps. How it is managed is told where Part II begins, which needs more.
  * ============================================================================================= */
 
 static bool quiet; /* --quiet: no progress on stderr; errors are still printed */
@@ -214,6 +233,10 @@ static void PRINTF_LIKE(2, 0)
 static void PRINTF_LIKE(1, 2) say(const char *format, ...); /* progress: not with --quiet */
 static void PRINTF_LIKE(1, 2) warn(const char *format, ...); /* a note: always */
 static double seconds_now(void);
+
+/* Room for `count` items, one piece for each slot; its contents are lost at the slot's next use. */
+enum ScratchSlot { SCRATCH_A, SCRATCH_B, SCRATCH_SCORES, SCRATCH_ROW, SCRATCH_SLOTS };
+static void *thread_scratch(enum ScratchSlot slot, size_t count, size_t size);
 
 /* Threads of a parallel loop may fail at the same moment, out of memory for example. The first to
  * arrive here ends the program; the others wait until it has. */
@@ -337,136 +360,6 @@ static void rng_shuffle(struct Rng *rng, size_t *items, size_t n) {
         items[i - 1] = items[j];
         items[j] = held;
     }
-}
-
-/* Arena: memory taken piece by piece, given back all at once. A reset merges the blocks into one,
- * so a training loop asks the system for memory in its first steps only. Under sanitizers every
- * piece is a separate allocation: an overrun must not land unnoticed in a neighbour. */
-#ifndef __has_feature
-#define __has_feature(x) 0
-#endif
-#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)          \
-    || __has_feature(address_sanitizer) || __has_feature(thread_sanitizer) \
-    || __has_feature(memory_sanitizer)
-#define SANITIZED 1
-#else
-#define SANITIZED 0
-#endif
-
-struct ArenaBlock {
-    struct ArenaBlock *next;
-    size_t size, used;
-};
-struct Arena {
-    struct ArenaBlock *blocks;
-    size_t next_size; /* of the next block, at least; 0: not set */
-};
-/* ARENA_ALIGN: 64 bytes are a cache line, and an AVX-512 vector. ARENA_HUGE: 2 MB, a huge page. */
-enum { ARENA_PIECEWISE = SANITIZED, ARENA_ALIGN = 64, ARENA_HEADER = 64, ARENA_HUGE = 1 << 21 };
-
-static void arena_free(struct Arena *arena) {
-    while (arena->blocks) {
-        struct ArenaBlock *block = arena->blocks;
-        arena->blocks = block->next;
-        aligned_free(block);
-    }
-}
-
-static void arena_reset(struct Arena *arena) {
-    /* 1. The usual case, from the second step on: a single block, already large enough. */
-    if (arena->blocks && !arena->blocks->next && !ARENA_PIECEWISE) {
-        arena->blocks->used = 0;
-        return;
-    }
-    /* 2. Several blocks: the next one is to be as large as all of them together, so that another
-     *    step like this one fits into it. */
-    size_t total = 0;
-    for (struct ArenaBlock *block = arena->blocks; block; block = block->next)
-        total += block->size;
-    arena_free(arena);
-    arena->next_size = total;
-}
-
-static struct ArenaBlock *arena_block(size_t capacity) {
-    /* C11's aligned_alloc wants a size that is a multiple of the alignment */
-    size_t unit = capacity >= ARENA_HUGE ? ARENA_HUGE : ARENA_ALIGN;
-    size_t whole = ARENA_HEADER + capacity;
-    struct ArenaBlock *block = aligned_alloc(unit, (whole + unit - 1) / unit * unit);
-    CHECK(block,
-          "out of memory: %zu MB more were asked for; use a smaller model, batch or --max_length",
-          capacity >> 20);
-#ifdef MADV_HUGEPAGE
-    /* A page of 2 MB needs one entry in the processor's address cache (TLB) instead of 512. */
-    if (unit == ARENA_HUGE)
-        madvise(block, whole / ARENA_HUGE * ARENA_HUGE, MADV_HUGEPAGE);
-#endif
-    *block = (struct ArenaBlock){.size = capacity};
-    return block;
-}
-
-/* Memory for `count` items of `size` bytes, on a 64-byte boundary, not cleared. Running out of
- * memory ends the program. */
-static void *arena_alloc(struct Arena *arena, size_t count, size_t size) {
-    /* 1. Sizes come from files and flags. A product that overflowed would look like a small size,
-     *    and the caller would write beyond its piece. */
-    CHECK(size == 0 || count <= (SIZE_MAX / 4) / size,
-          "out of memory: %zu x %zu bytes asked for; use a smaller model, batch or --max_length",
-          count, size);
-
-    /* 2. Rounded up to whole cache lines, so that the next piece begins on one as well. */
-    size_t bytes = (count * size + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN;
-
-    /* 3. A new block if the current one has no room. A very large piece gets a block of its own,
-     *    second in the list: the current block stays first and goes on being filled. */
-    struct ArenaBlock *block = arena->blocks;
-    if (!block || block->size - block->used < bytes || ARENA_PIECEWISE) {
-        bool large = bytes >= ARENA_HUGE && !arena->next_size;
-        size_t capacity =
-            large || ARENA_PIECEWISE ? bytes : MAX(bytes, MAX(arena->next_size, (size_t)1 << 18));
-        block = arena_block(capacity);
-        struct ArenaBlock **place = large && arena->blocks ? &arena->blocks->next : &arena->blocks;
-        block->next = *place;
-        *place = block;
-        arena->next_size = 0;
-    }
-
-    /* 4. The piece is the next free part of the block. */
-    void *piece = (char *)block + ARENA_HEADER + block->used;
-    block->used += bytes;
-    return piece;
-}
-
-static void *arena_zeros(struct Arena *arena, size_t count, size_t size) {
-    void *piece = arena_alloc(arena, count, size);
-    memset(piece, 0, count * size);
-    return piece;
-}
-
-static float *arena_floats(struct Arena *arena, size_t count) {
-    return arena_alloc(arena, count, sizeof(float));
-}
-
-/* The numbers 0 to n - 1: an order before it is shuffled. */
-static size_t *arena_order(struct Arena *arena, size_t n) {
-    size_t *order = arena_alloc(arena, n, sizeof *order);
-    for (size_t i = 0; i < n; i++)
-        order[i] = i;
-    return order;
-}
-
-/* Each thread has scratch memory of its own, one piece for each purpose. It grows to the largest
- * size requested and is kept. */
-enum ScratchSlot { SCRATCH_A, SCRATCH_B, SCRATCH_SCORES, SCRATCH_ROW, SCRATCH_SLOTS };
-
-static void *thread_scratch(enum ScratchSlot slot, size_t count, size_t size) {
-    /* The contents are lost when a slot grows, and overwritten by its next user: scratch is for one
-     * function, or for a caller and what it fills on its behalf. */
-    static _Thread_local struct ArenaBlock *slots[SCRATCH_SLOTS];
-    if (!slots[slot] || slots[slot]->size < count * size) {
-        aligned_free(slots[slot]);
-        slots[slot] = arena_block(count * size);
-    }
-    return (char *)slots[slot] + ARENA_HEADER;
 }
 
 /* =============================================================================================
@@ -949,9 +842,13 @@ static double sentiment_loss(const float *reward, const double *label, size_t n,
  * E_{y ~ pi} is the mean over answers y drawn from pi. An estimate of a mean is unbiased if it is
  * right on average, however far off each single one is. grad is the derivative by all weights.
  * The KL term ties the policy to the reference, the model before training: without it the policy
- * would find whatever nonsense fools the reward model. beta is the price of a nat of KL. The score
- * is the judge's; R(y) = score - beta (log pi(y) - log pi_ref(y)); a token's reward is its share
- * of R(y).
+ * would find whatever nonsense fools the reward model. beta is the price of a nat of KL.
+ *
+ * Four words that are easily confused:
+ *   r        what the reward model says of a text; chapters 3, 5 and 16 call it its reward
+ *   score    r on a convenient scale (scorer_scale, chapter 17): one number for each answer
+ *   reward   of a token: -beta times its share of the KL, plus the score if it is the last one
+ *   R(y)     the sum of an answer's rewards, score - beta (log pi(y) - log pi_ref(y))
  *
  * The chapter goes one step at a time; each step mends a weakness of the one before:
  *   REINFORCE        score times grad log pi: unbiased, but very noisy
@@ -979,10 +876,13 @@ static double sentiment_loss(const float *reward, const double *label, size_t n,
  *     ratio              1.1052    1.2214   0.9512   ppo_token_loss: e^(log pi now - log pi)
  *     loss               1.1872   -0.2043  -0.8598   " good" counts as 1.2 times its advantage
  *     slope              0.3957    0       -0.2866   d loss / d log pi now, divided by 3: a mean
+ *     value now          0.60      0.65     0.40     the value head has moved, too
+ *     value loss         0.0239    0.0599   0.1682   ppo_value_loss: 0.65 counts as 0.40 + 0.20
+ *     slope             -0.0073    0       -0.0193   (value now - return) times vf_coef 0.1, / 3
  *
- * The last line is what goes back into the model: " very" is to become less probable, "." more,
- * and " good" is not pushed any further by its own loss. It may still move, by other tokens'
- * gradients and Adam's momentum: its ratio, 1.2214, is beyond 1.2 already.
+ * The two slopes are what goes back into the model. " very" is to become less probable, "." more,
+ * and " good" is not pushed any further by its own loss: its ratio, 1.2214, is beyond 1.2 already.
+ * The value head is to guess more at " very" and at ".", but at " good" it has moved far enough.
  * All three advantages are positive (two deltas are not, but the last surprise, 0.68, outweighs
  * them): why is " very" lowered? Whitening subtracts their mean, 0.515, and it was the least good.
  * A real batch has thousands of tokens, of good and of bad answers; with one answer alone the
@@ -1056,6 +956,15 @@ enum Baseline {
  * may be subtracted: E[b grad log pi] = 0. The mean gradient stays, its noise falls. If all
  * answers score 100 or more, those that score 104 should be raised, and those that score 101
  * lowered.
+ * From answers to tokens. log pi(y) = sum_t log pi(y_t | before), so the estimate is
+ *     R(y) grad log pi(y) = sum_t R(y) grad log pi(y_t | before)
+ * and each token is weighted by the whole R. But given the tokens before t, the mean of
+ * grad log pi(y_t) is 0, for the same reason as above. So all that is settled before y_t is drawn
+ * may be subtracted for token t: the rewards of earlier tokens, and any guess made from the prompt
+ * and these tokens, such as a value head's value_t. What remains is the sum of the rewards from t
+ * on, minus value_t: that is gae_step's A_t at gamma = lambda = 1, and the way from REINFORCE to
+ * PPO.
+ * The baselines of whole answers:
  *   none   b = 0
  *   mean   b = the mean R of all earlier steps
  *   rloo   b = the mean R of the other answers to the same prompt (leave one out)      [23] */
@@ -1133,7 +1042,9 @@ struct PPOConfig {
     bool use_score_norm; /* and subtract their running mean first */
     double score_clip; /* scores are limited to +- this; 0: no limit */
     double ratio_threshold; /* a mini-batch whose mean ratio exceeds it is skipped */
-    bool early_stopping; /* end a step's epochs once the policy has moved too far: */
+    /* end a step's epochs once the policy has moved too far from the one that wrote the answers
+     * (not from the reference, as `target` is): */
+    bool early_stopping;
     double target_kl; /* by more than 1.5 times this, in nats per token */
 };
 
@@ -1157,7 +1068,8 @@ static float kl_penalty_token(enum KLPenalty kind, float logprob, float ref_logp
 
 /* kl_reward -- the reward of a token for its divergence: usually negative, since it is a cost.
  *                                                        [glossary: Parâmetro Beta (β)]
- *   reward_t = -beta kl_t           and at the answer's last token   + score
+ *   reward_t = -beta kl_t           which this function returns
+ * At the answer's last token ppo_rewards (chapter 17) adds the score.
  * J's penalty is about whole answers; why may it be paid token by token? log pi(y|x) is a sum over
  * tokens, so log pi(y|x) - log pi_ref(y|x) = sum_t kl_t, whose mean over the policy's answers is
  * KL(pi || pi_ref). Each token pays its own term of the sum, where it departs. The score judges
@@ -1227,8 +1139,10 @@ static double gae_step(double reward, double value, double next_value, double ne
 }
 
 /* gae -- advantages and returns of one answer of T tokens, from its last token to its first.
- * in   rewards, values (T); next_advantage: 0, except in ppo_padding_advantage's case
- * out  advantages (T): how much better each token was than the value head expected
+ * in   rewards, values (T); next_advantage: what follows the last token, 0 (chapter 17 passes
+ *      another number in one case, to be equal to TRL's: ppo_padding_advantage)
+ * out  advantages (T): how much better each token was than the value head expected, before they
+ *      are whitened
  *      returns (T): advantage + value, the value head's target: its guess, corrected by the
  *      surprises that followed; at lambda 1 (gamma 1) it is the plain sum of rewards from t on
  *                                                         test: gae_hand, ppo_advantages_golden */
@@ -1266,12 +1180,19 @@ struct TokenLoss {
  * the direction of its advantage A?
  *   ratio = exp(logprob - old_logprob)
  *   loss  = max(-A ratio, -A clip(ratio, 1 - e, 1 + e)),   e = clip_range           [6] Eq. 7
- * Once the ratio has left [1 - e, 1 + e] in the direction of A (above it where A > 0, below it
- * where A < 0), the loss no longer depends on it: the slope is zero, and this batch moves the token
- * no further. If it has left in the other direction, the token is still pulled back. Without the
- * clip, a few updates on the same answer could make one lucky token certain.
+ * Why a ratio? The tokens were drawn from the old policy. A mean under pi is a mean under the old
+ * one, weighted: E_pi[A] = E_old[(pi / pi_old) A], which is called importance sampling; -A ratio is
+ * a term of it. (That the tokens before this one were the old policy's, too, is neglected: true
+ * enough while the two are close.) At ratio 1 the slope by log pi is -A, as reinforce_loss has it:
+ * PPO's first update is a REINFORCE step with better advantages.
+ * Why a clip? Without it, a few updates on the same answer could make one lucky token certain. Once
+ * the ratio has left [1 - e, 1 + e] in the direction of A (above it where A > 0, below it where
+ * A < 0), the loss no longer depends on it: the slope is zero, and the token's own loss pushes it
+ * no further (other tokens' gradients and Adam's momentum still may). If it has left in the other
+ * direction, the token is still pulled back.
  * At the first update the policy is the one that sampled: every ratio is 1 and the loss is -A.
- * The advantages of a batch are whitened, so its mean loss is 0; its gradient is not.
+ * The advantages are whitened over the step's answers, so the mean loss over all of them is 0 then
+ * (not that of each mini-batch); the gradient is not.
  * in   log-probabilities in nats; advantage (whitened); clip_range, usually 0.2
  * By hand, e = 0.2 (slope: by logprob, which is the slope by ratio, times ratio):
  *                        A = 2                            A = -2
@@ -1494,7 +1415,9 @@ struct DPOSide {
  * far before a pair is learnt, since `logits` has to reach about 1 / beta nats; a large one keeps
  * it near. At the start policy and reference agree: logits 0, loss ln 2 = 0.6931 for any beta.
  * By hand: beta 0.1, chosen -8 (reference -10), rejected -13 (-12): logits 2 - (-1) = 3, loss
- * -log sigmoid(0.3) = 0.5544, dchosen -0.1 * sigmoid(-0.3) = -0.0426, drejected 0.0426.
+ * -log sigmoid(0.3) = 0.5544, dchosen -0.1 * sigmoid(-0.3) = -0.1 * 0.4256 = -0.0426, drejected
+ * 0.0426. (At the start they were -0.05 and 0.05: the pair pulls less already.) dpo_loss still has
+ * to divide by the number of pairs.
  *                                       test: dpo_hand, dpo_golden; gdb: break dpo_pair_loss */
 static struct PairLoss dpo_pair_loss(double beta, const struct DPOSide *chosen,
                                      const struct DPOSide *rejected) {
@@ -1680,7 +1603,7 @@ static double dpo_loss(const struct DPOConfig *config, size_t B, struct DPOSide 
  *     penalty 2        1.0      1.0      0.0    -2.0     " good" was there already: 2.0 / 2
  *     temperature 0.5  2.0      2.0      0.0    -4.0     divided by 0.5: differences double
  *     top-k 3          2.0      2.0      0.0    -inf     the three largest stay
- *     top-p 0.9        2.0      2.0     -inf    -inf     two hold 0.937 of the mass: enough
+ *     top-p 0.9        2.0      2.0     -inf    -inf     the first holds 0.468, both 0.937
  *     softmax          0.5      0.5      0       0
  *     u = 0.7 draws " long": the running sum 0.5, 1.0 passes 0.7 there
  *
@@ -1821,8 +1744,8 @@ static int compare_candidates_down(const void *a, const void *b) {
 }
 
 /* The same for top-p, but of equal logits the larger id first. transformers sorts in ascending
- * order and removes from the front: of two tokens with equal logits the one with the smaller id
- * goes first. */
+ * order and removes from the front, so of two tokens with equal logits the one with the smaller id
+ * is removed first: here it must come last. */
 static int compare_candidates_top_p(const void *a, const void *b) {
     const struct Candidate *x = a;
     const struct Candidate *y = b;
@@ -1855,8 +1778,8 @@ static size_t top_p_cut(const struct Candidate *order, size_t n, double total, d
  * Where the model is sure, these are one or two tokens; where it is not, hundreds.
  * in, out  logits (V); p in [0, 1); min_keep: at least this many stay
  * By hand: probabilities 0.5, 0.3, 0.2. p = 0.45: the first alone, which holds 0.5; p = 0.6: the
- * first two, which hold 0.8. A set that holds exactly p is enough, as in transformers (elsewhere
- * the mass must exceed p; only such a set tells the two apart).
+ * first two, which hold 0.8. A set that holds exactly p is enough, as in transformers: with p = 0.5
+ * the first stays alone. (Some other programs want more than p, and would keep two.)
  * What is left is divided by its mass in sample_token: 0.5, 0.3 become 0.625, 0.375.
  *                                                                     test: generate_processors */
 static void process_top_p(float *logits, size_t V, double p, size_t min_keep) {
@@ -1922,17 +1845,18 @@ static void process_logits(float *logits, size_t V, const struct GenerationConfi
 static int sample_token(float *logits, size_t V, struct Rng *rng) {
     /* 1. A point on the line from 0 to 1; each token owns a stretch as long as its probability. */
     softmax(logits, V);
+    const float *p = logits;
     double u = rng_uniform(rng);
 
     /* 2. In whose stretch is it? A token that was cut owns none, so it is never drawn. */
     double sum = 0;
     for (size_t v = 0; v < V; v++) {
-        sum += logits[v];
+        sum += p[v];
         if (u < sum)
             return (int)v;
     }
     /* rounding has left the sum slightly below 1, and u fell into the gap */
-    return (int)argmax(logits, V);
+    return (int)argmax(p, V);
 }
 
 /* =============================================================================================
@@ -1943,6 +1867,130 @@ static int sample_token(float *logits, size_t V, struct Rng *rng) {
  * step between a prompt and its continuation, and between a loss and the gradient of each weight,
  * is written out here.
  * ============================================================================================= */
+
+/* ---- Memory: arena and scratch --------------------------------------------------------------
+ *
+ * Part I needed none: its functions work on numbers that their caller owns. From here on there are
+ * texts, activations and batches, whose size is known only at run time. An arena hands out memory
+ * piece by piece and takes it all back at once: one call frees everything in it, so nothing can be
+ * freed twice or forgotten. A training loop empties its arena before each step. */
+
+/* A reset merges the blocks of an arena into one, so a training loop asks the system for memory in
+ * its first steps only. Under sanitizers every piece is a separate allocation: an overrun must not
+ * land unnoticed in a neighbour. */
+struct ArenaBlock {
+    struct ArenaBlock *next;
+    size_t size, used;
+};
+struct Arena {
+    struct ArenaBlock *blocks;
+    size_t next_size; /* of the next block, at least; 0: not set */
+};
+/* ARENA_ALIGN: 64 bytes are a cache line, and an AVX-512 vector. ARENA_HUGE: 2 MB, a huge page. */
+enum { ARENA_PIECEWISE = SANITIZED, ARENA_ALIGN = 64, ARENA_HEADER = 64, ARENA_HUGE = 1 << 21 };
+
+static void arena_free(struct Arena *arena) {
+    while (arena->blocks) {
+        struct ArenaBlock *block = arena->blocks;
+        arena->blocks = block->next;
+        aligned_free(block);
+    }
+}
+
+static void arena_reset(struct Arena *arena) {
+    /* 1. The usual case, from the second step on: a single block, already large enough. */
+    if (arena->blocks && !arena->blocks->next && !ARENA_PIECEWISE) {
+        arena->blocks->used = 0;
+        return;
+    }
+    /* 2. Several blocks: the next one is to be as large as all of them together, so that another
+     *    step like this one fits into it. */
+    size_t total = 0;
+    for (struct ArenaBlock *block = arena->blocks; block; block = block->next)
+        total += block->size;
+    arena_free(arena);
+    arena->next_size = total;
+}
+
+static struct ArenaBlock *arena_block(size_t capacity) {
+    /* C11's aligned_alloc wants a size that is a multiple of the alignment */
+    size_t unit = capacity >= ARENA_HUGE ? ARENA_HUGE : ARENA_ALIGN;
+    size_t whole = ARENA_HEADER + capacity;
+    struct ArenaBlock *block = aligned_alloc(unit, (whole + unit - 1) / unit * unit);
+    CHECK(block,
+          "out of memory: %zu MB more were asked for; use a smaller model, batch or --max_length",
+          capacity >> 20);
+#ifdef MADV_HUGEPAGE
+    /* A page of 2 MB needs one entry in the processor's address cache (TLB) instead of 512. */
+    if (unit == ARENA_HUGE)
+        madvise(block, whole / ARENA_HUGE * ARENA_HUGE, MADV_HUGEPAGE);
+#endif
+    *block = (struct ArenaBlock){.size = capacity};
+    return block;
+}
+
+/* Memory for `count` items of `size` bytes, on a 64-byte boundary, not cleared. Running out of
+ * memory ends the program. */
+static void *arena_alloc(struct Arena *arena, size_t count, size_t size) {
+    /* 1. Sizes come from files and flags. A product that overflowed would look like a small size,
+     *    and the caller would write beyond its piece. */
+    CHECK(size == 0 || count <= (SIZE_MAX / 4) / size,
+          "out of memory: %zu x %zu bytes asked for; use a smaller model, batch or --max_length",
+          count, size);
+
+    /* 2. Rounded up to whole cache lines, so that the next piece begins on one as well. */
+    size_t bytes = (count * size + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN;
+
+    /* 3. A new block if the current one has no room. A very large piece gets a block of its own,
+     *    second in the list: the current block stays first and goes on being filled. */
+    struct ArenaBlock *block = arena->blocks;
+    if (!block || block->size - block->used < bytes || ARENA_PIECEWISE) {
+        bool large = bytes >= ARENA_HUGE && !arena->next_size;
+        size_t capacity =
+            large || ARENA_PIECEWISE ? bytes : MAX(bytes, MAX(arena->next_size, (size_t)1 << 18));
+        block = arena_block(capacity);
+        struct ArenaBlock **place = large && arena->blocks ? &arena->blocks->next : &arena->blocks;
+        block->next = *place;
+        *place = block;
+        arena->next_size = 0;
+    }
+
+    /* 4. The piece is the next free part of the block. */
+    void *piece = (char *)block + ARENA_HEADER + block->used;
+    block->used += bytes;
+    return piece;
+}
+
+static void *arena_zeros(struct Arena *arena, size_t count, size_t size) {
+    void *piece = arena_alloc(arena, count, size);
+    memset(piece, 0, count * size);
+    return piece;
+}
+
+static float *arena_floats(struct Arena *arena, size_t count) {
+    return arena_alloc(arena, count, sizeof(float));
+}
+
+/* The numbers 0 to n - 1: an order before it is shuffled. */
+static size_t *arena_order(struct Arena *arena, size_t n) {
+    size_t *order = arena_alloc(arena, n, sizeof *order);
+    for (size_t i = 0; i < n; i++)
+        order[i] = i;
+    return order;
+}
+
+/* Each thread has scratch memory of its own, one piece for each purpose. It grows to the largest
+ * size requested and is kept. */
+static void *thread_scratch(enum ScratchSlot slot, size_t count, size_t size) {
+    /* The contents are lost when a slot grows, and overwritten by its next user: scratch is for one
+     * function, or for a caller and what it fills on its behalf. */
+    static _Thread_local struct ArenaBlock *slots[SCRATCH_SLOTS];
+    if (!slots[slot] || slots[slot]->size < count * size) {
+        aligned_free(slots[slot]);
+        slots[slot] = arena_block(count * size);
+    }
+    return (char *)slots[slot] + ARENA_HEADER;
+}
 
 /* =============================================================================================
  * Chapter 7 - Byte-pair encoding         [glossary: Tokenização de conjunto de dados]
@@ -4951,16 +4999,17 @@ static void lm_head_backward_chunk(struct GPT2 *model, struct LMHead *head, size
     for (size_t i = 0; i < n; i++)
         lm_head_backward_row(head->logits + i * V, head->lse[first + i], head->target[first + i],
                              dlogprob[first + i] / head->temperature, V);
+    struct Matrix dlogits = matrix(head->logits, n, V);
 
     /* 2. d hidden = d logits wte,  (n,V) times (V,C): what goes back through the model. */
     float *drows = arena_floats(arena, n * C);
-    matmul(matrix_out(drows, n, C), matrix(head->logits, n, V), matrix(model->wte.w, V, C));
+    matmul(matrix_out(drows, n, C), dlogits, matrix(model->wte.w, V, C));
 
     /* 3. wte's gradient, the first of two ways: as the output layer, d wte += d logits^T hidden.
      *    Every token of the vocabulary gets a share, since each had a logit. The second way, as the
      *    embedding of the tokens that were read, comes at the end of gpt2_backward. */
     if (model->wte.d)
-        matmul_add(matrix_out(model->wte.d, V, C), transposed(matrix(head->logits, n, V)),
+        matmul_add(matrix_out(model->wte.d, V, C), transposed(dlogits),
                    matrix(head->hidden + first * C, n, C));
 
     /* 4. Back to the rows' places in the batch; added, since another head may have contributed to
@@ -6025,8 +6074,9 @@ static struct Example *sequences_as_examples(struct Arena *arena, const struct S
  * in, out  rng: each answer takes one number from it as the seed of its own random numbers, so the
  *          k-th answer does not change if others become longer
  * out      (n num_generations) examples whose prompt_length is that of the prompt
- * Here an answer ends at the end of the context, not one token later: it will be trained on, and
- * then its last token is read, too. */
+ * Here an answer ends at the end of the context, not one token later. So a model that reads whole
+ * texts, as a reward model does, has a position for the last token as well. (PPO, SFT and DPO never
+ * read it: nothing follows that it could predict.) */
 static struct Example *sample_answers(const struct GPT2 *policy, struct Arena *arena,
                                       const struct Example *prompts, size_t n,
                                       size_t num_generations,
@@ -7782,8 +7832,8 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
  *     ppo_loss               dlogprobs (R) of ppo_token_loss, dvalues (R) of ppo_value_loss;
  *                            ppo_weigh then multiplies them by the mini-batch's share of the step
  *       ppo_backward         calls all that follow
- *         lm_head_backward       d logits, row by row (lm_head_backward_row) -> wte.d as the output
- *                                layer; dhidden (N,C)
+ *         lm_head_backward       d logits, row by row (lm_head_backward_row, which gets dlogprob /
+ *                                temperature) -> wte.d as the output layer; dhidden (N,C)
  *         scalar_head_backward   dhidden += dvalue times the value head's weights
  *         gpt2_backward          dhidden (N,C) -> dx (N,C), the derivative of the stream
  *           layernorm_backward       ln_f, and twice in each block
@@ -7793,15 +7843,20 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
  *           embedding_backward       dx of each position -> wte.d of the token that was read there
  *     optimizer_step         wte.d moves wte.w
  *
+ * With LoRA, wte.d is NULL: the derivative passes by on its way to the adapters, and only these and
+ * the heads learn.
+ *
  * One number both ways. Chapter 4's " very" has dlogprob 0.3957 and now p = e^-1.10 = 0.3329. Let
  * the vocabulary be " very", with the vector (0, 0) in wte, and one other token, with (0.6952, 0);
  * let the model have no blocks and no layer norm, and let it have read the other token, with
- * (0.3048, 2) in wpe: hidden = (1, 2), logits 0 and 0.6952, p = 0.3329 and 0.6671.
+ * (0.3048, 2) in wpe: hidden = (0.6952 + 0.3048, 0 + 2) = (1, 2). Each logit is hidden times a
+ * vector of wte: 0 and 0.6952, so p = 0.3329 and 0.6671.
  *   d logits     0.3957 (1 - 0.3329) = 0.2640 for " very", 0.3957 (0 - 0.6671) = -0.2640
  *   output       d logit times hidden: wte.d gets (0.2640, 0.5280) for " very", (-0.2640, -0.5280)
  *                for the other
  *   d hidden     sum of d logit times wte: -0.2640 (0.6952, 0) = (-0.1835, 0), which is dx here
- *   embedding    the other was read, so wte.d gets dx for it too: (-0.4475, -0.5280) in all
+ *   embedding    the other was read, so wte.d gets dx for it, too: in all
+ *                (-0.2640 - 0.1835, -0.5280 + 0) = (-0.4475, -0.5280); wpe.d gets the same dx
  * A step down, against wte.d, lowers the logit of " very".                         test: wte_hand
  *
  * Which tokens' vectors in wte get a gradient? As the output layer, those of the whole vocabulary,
@@ -8087,7 +8142,8 @@ static struct Sequence rollout_start(const struct RolloutTrainer *trainer,
     struct Rng own = rng_seed(rng_next(&source->sample), STREAM_SAMPLE);
     size_t drawn = length_sampler(&source->output_length, &source->lengths);
 
-    /* the context sets a limit too: there are no position embeddings beyond it */
+    /* The context sets a limit, too. (One token more could be written, but the reward model could
+     * not read it: see sample_answers.) */
     size_t max_new = MIN(drawn, trainer->model->config.n_positions - prompt->n);
     return sequence_start(arena, prompt->ids, prompt->n, max_new, trainer->model, own);
 }
@@ -9202,9 +9258,21 @@ static void rollout_train(struct RolloutTrainer *trainer, struct RolloutSource *
  *     policy            -8.0                   -13.0           at every step, with a gradient
  *     loss          -log sigmoid(0.1 * (2 - (-1))) = 0.5544    dpo_pair_loss
  *
+ * The path of the numbers, and of the derivative back, in dpo_task_loss:
+ *
+ *     dpo_reference            log pi_ref of each whole answer
+ *     batch_logprobs           log pi of each token
+ *     dpo_sides                summed over the tokens of each answer: two sides a pair
+ *     dpo_loss                 a mean over B pairs, of dpo_variant, which is dpo_pair_loss:
+ *                                dlogp -0.0426 for the chosen side, 0.0426 for the other, both / B
+ *     target_logps_backward    each token of an answer gets its side's dlogp
+ *       lm_head_backward         as in the drawing of chapter 17, and from there on to wte
+ *       gpt2_backward
+ *
  * The reference never changes, so its log-probabilities are computed only when a pair is seen for
  * the first time. The two answers of a pair share a prompt; where that saves time, the model reads
- * it once for both.
+ * it once for both. The loss starts at ln 2; that of `align rlhf` does not, since 0.2 times the
+ * loss type sft is added to it.
  *
  * What enters: pairs of answers, one of them preferred; or a policy and a scorer, from whose
  * answers pairs are collected. What leaves: a policy that prefers as the pairs do.

@@ -1345,7 +1345,7 @@ static void test_ppo_example(void) {
         .logprobs = (float[]){-1.1f, -0.3f, -0.15f},
         .advantages = advantages,
         .old_values = (float[]){0.5f, 0.4f, 0.3f},
-        .values = (float[]){0.5f, 0.4f, 0.3f},
+        .values = (float[]){0.6f, 0.65f, 0.4f},
         .returns = (float[]){0.8187f, 0.946f, 0.98f},
         .policy = policy,
         .value = value,
@@ -1356,8 +1356,10 @@ static void test_ppo_example(void) {
     for (size_t t = 0; t < 3; t++) {
         expect_close("ratio", policy[t].ratio, (double[]){1.1052, 1.2214, 0.9512}[t], 5e-5);
         expect_close("loss", policy[t].loss, (double[]){1.1872, -0.2043, -0.8598}[t], 5e-5);
+        expect_close("value loss", value[t].loss, (double[]){0.0239, 0.0599, 0.1682}[t], 5e-5);
     }
     expect_floats("slopes", dlogprobs, (double[]){0.3957, 0, -0.2866}, 3, 5e-5);
+    expect_floats("the value head's", dvalues, (double[]){-0.0073, 0, -0.0193}, 3, 5e-5);
     expect_close("mean loss", loss.policy, (1.1872 - 0.2043 - 0.8598) / 3, 5e-5);
     expect_true("the second token is clipped", policy[1].is_clipped && !policy[0].is_clipped);
 }

@@ -655,6 +655,8 @@ def main():
     server.origin = tempfile.mkdtemp(prefix="check_prepare.")
     server.files = {"aclImdb_v1.tar.gz": ARCHIVE, **gpt2_files(server.origin)}
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    # the runs inherit it: a shell's background job (&) would leave Ctrl-C ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     failed = 0
     with ThreadPoolExecutor(4) as pool:  # most of them wait for the next try
         for name, complaint in zip(names, pool.map(lambda n: run_case(n, server), names)):
