@@ -44,7 +44,7 @@
  *    19 Exact: a world to enumerate          26 Command line, main
  *    20 The whole course (rlhf)
  *
- * RLHF in 600 lines. Read the essays that open chapters 2 to 5, then these functions in this
+ * RLHF in 700 lines. Read the essays that open chapters 2 to 5, then these functions in this
  * order, each with its comment. That is the whole idea:
  *   sigmoid, log_sigmoid    log-odds become probabilities                                chapter 2
  *   softmax                 so do logits
