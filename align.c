@@ -25,7 +25,8 @@
  * the Kullback-Leibler divergence, says how far the one has moved from the other. SFT is supervised
  * fine-tuning, PPO proximal policy optimization, DPO direct preference optimization. Numbers in
  * parentheses are chapters. Each chapter builds on earlier ones; what it needs of later ones,
- * above all of Part IV, the machinery, is declared where it is first used.
+ * above all of Part IV, the machinery, is declared where it is first used, or at the head of Part
+ * III.
  *
  *   Part I, the ideas                       Part II, the model
  *     1 Ground: errors, random numbers        7 Byte-pair encoding
@@ -66,9 +67,10 @@
  *   ppo_advantages          rewards, GAE and whitening for a step's answers
  *   ppo_step                the seven steps of PPO on a real model
  * Other paths. What is a policy, an omega, a rollout? Chapters 4, 2, 17. How does a transformer
- * learn at all? Chapters 9, 10, 11, 15. How does a gradient reach the embedding? The drawing that
- * opens chapter 17, then the functions it names. How is a token chosen? Chapter 6. By term:
- * [glossary: TERM] marks the place where a term is implemented. The terms are those of the course's
+ * learn at all? Chapters 9, 10, 11, 15. How does a gradient reach the embedding? The drawing at
+ * struct Batch (chapter 8: which row predicts which token), then the one that opens chapter 17 and
+ * the functions it names. How is a token chosen? Chapter 6. By term:
+ * [glossary: TERM] marks the places where a term is at work. The terms are those of the course's
  * glossary, in Portuguese, and a few more; `align glossary TERM` prints an entry in both languages.
  *
  * What the comments refer to. TRL, transformers and PEFT are Hugging Face's libraries; this program
@@ -79,15 +81,17 @@
  * To step through:  make debug && gdb --args ./align_debug exact   (it needs no data)   then
  * break ppo_token_loss, run, finish: gdb prints the token's loss, slope and ratio. The first ratios
  * are 1. To stop where they have moved, type `ignore 1 1152` before `run`: a pass has 384 tokens,
- * a step two, and in the first step the learning rate is 0. At ppo_backward there is a model:
- * p model->h[0].attn.c_attn.weight.w[0]@8. docs/debugging.md has guided tours.
+ * a step two, and in the first step the learning rate is 0. To see the clip,
+ * `break ppo_token_loss if advantage > 0 && logprob - old_logprob > 0.1824`: the slope is 0. (With
+ * one thread REINFORCE trains first, and a stop comes minutes later.) At ppo_backward there is a
+ * model: p model->h[0].attn.c_attn.weight.w[0]@8. docs/debugging.md has guided tours.
  *
  * Symbols. In shapes and loops a capital letter has one meaning (but in chapters 9 and 12, A, B, C,
  * M, N and K are the letters of matrix algebra):
  *    B sequences of a batch    T tokens of one sequence    N all tokens of a batch, packed
  *    R rows of a batch that predict a token which counts in a loss
  *    C n_embd, the width       L n_layer                   NH n_head    HS = C/NH, a head's size
- *    V vocab_size
+ *    V vocab_size              K num_beams (chapter 13)
  * Two small letters are used twice: model->h[l] is block l, as in transformers, and in attention
  * h is the number of a head; v is an id in a loop over the vocabulary, and in attention v_j is a
  * value vector, as q_t is a query and k_j a key.
@@ -198,8 +202,8 @@ static size_t peak_rss_bytes(void); /* the most memory that the program has had 
 /* =============================================================================================
  * Part I - The ideas
  *
- * The mathematics of the whole course, as functions of plain numbers and arrays: no model, no file
- * and no memory of their own. After this part a reader knows what softmax, KL, Bradley-Terry,
+ * The mathematics of the whole course, as functions of plain numbers and arrays: no model, no
+ * file. After this part a reader knows what softmax, KL, Bradley-Terry,
  * REINFORCE, GAE, PPO and DPO compute, why, and what each derivative is. The later parts only
  * call these functions, on a model's numbers (Part II), again and again (Part III).
  * ============================================================================================= */
@@ -394,7 +398,7 @@ static double sigmoid(double x) {
     return x >= 0 ? 1 / (1 + e) : e / (1 + e);
 }
 
-/* log_sigmoid -- the logarithm of sigmoid: the loss of every method that learns from pairs.
+/* log_sigmoid -- the logarithm of sigmoid; minus it is the loss of Bradley-Terry and of DPO.
  *   log sigmoid(x) = -log(1 + e^-x)          d/dx log sigmoid(x) = sigmoid(-x)
  * (the chain rule: 1 / sigmoid(x) times sigmoid's slope, sigmoid(x) sigmoid(-x))
  * Why not log(sigmoid(x))? For x = -800 the sigmoid rounds to 0, whose logarithm is minus
@@ -407,147 +411,13 @@ static double log_sigmoid(double x) {
     return MIN(x, 0) - log1p(exp(-fabs(x)));
 }
 
-/* ---------------------------------------------------------------------------------------------
- * Rows of numbers, fast
- *
- * Sums and maxima over a row, and e^x, written so that a compiler can turn them into vector
- * instructions: 16 numbers at a time, and no function call for e^x. A first reader can skip them:
- * row_max, row_sum, row_dot and row_exp do what their names say.
- * --------------------------------------------------------------------------------------------- */
-
-/* WIDE: gcc compiles a function three times, for AVX-512, AVX2 and any x86-64, and the loader picks
- * the version that suits the processor. (Not under sanitizers, which start after the loader.) */
-#if defined(__x86_64__) && defined(__GLIBC__) && !SANITIZED
-#define WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define WIDE
-#endif
-
-/* The 32 bits of a float as an integer, and back. */
-static inline uint32_t bits_of_float(float x) {
-    uint32_t bits;
-    memcpy(&bits, &x, 4);
-    return bits;
-}
-
-static inline float float_of_bits(uint32_t bits) {
-    float x;
-    memcpy(&x, &bits, 4);
-    return x;
-}
-
-/* exp_fast -- e^x in float, without a branch, so that a loop over it becomes vector instructions
- * (libm's expf is a function call for each number).
- *   e^x = 2^n e^r,   n = round(x / ln 2),   r = x - n ln 2, which lies in [-0.35, 0.35]
- * 2^n comes from writing n into a float's exponent bits; e^r is its Taylor series up to r^7 / 7!.
- * Relative error below 2e-7 for |x| <= 87. Below -87 the result is 0, above 87 it is e^87.
- * Limits are tested on the bits, as integers: a comparison of floats would remain a branch.
- * By hand: x = 1: n = 1, r = 0.3069, e^r = 1.3591, times 2 = 2.7183.             test: exp_fast */
-static inline float exp_fast(float x) {
-    /* 1. |x| is limited to 87.0, whose bits are 0x42ae0000. Without their sign bits, floats sort
-     *    like the integers with the same bits. */
-    uint32_t sign = bits_of_float(x) & 0x80000000u;
-    int32_t size = (int32_t)(bits_of_float(x) & 0x7fffffffu);
-    int32_t limit = 0x42ae0000;
-    float clamped = float_of_bits((uint32_t)(size < limit ? size : limit) | sign);
-
-    /* 2. n: a float near 1.5 * 2^23 has no bits left for a fraction. So adding that number rounds
-     *    to an integer, and n is in the lowest bits of `shifted`. */
-    float shifted = clamped * 1.44269504f + 12582912.0f;
-    float n = shifted - 12582912.0f;
-
-    /* 3. r, then its series from the highest power down. n ln 2 is subtracted in two parts: ln 2's
-     *    upper part has so few bits that n times it is exact, and r keeps all its digits. */
-    float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
-    float tail = 8.3333338e-3f + r * (1.3888889e-3f + r * 1.984127e-4f);
-    float p = 1.6666667e-1f + r * (4.1666668e-2f + r * tail);
-    p = 1.0f + r * (1.0f + r * (0.5f + r * p));
-
-    /* 4. 2^n: a float stores its exponent plus 127, starting at bit 23. */
-    float two_to_n = float_of_bits((bits_of_float(shifted) + 127) << 23);
-
-    /* 5. Below -87 the result is 0: the mask clears all bits. NaN stays NaN, always with the same
-     *    bits, since arm64 and x86 would make different ones. */
-    uint32_t underflow = size > limit ? sign >> 31 : 0;
-    uint32_t nan = (uint32_t) - (size > 0x7f800000) & 0x7fc00000u;
-    return float_of_bits((bits_of_float(p * two_to_n) & (underflow - 1u)) | nan);
-}
-
-/* Sums and maxima are computed in 16 lanes: lane j takes x[j], x[j + 16], x[j + 32] ..., and one
- * vector instruction serves all lanes at once. Where the length is no multiple of 16, a second loop
- * takes the rest. A compiler may not choose such an order by itself, since sums of floats in
- * another order round differently; with the order written down, a sum has the same bits on every
- * machine. */
-enum { LANES = 16 };
-
-/* A float's bits as an integer that sorts as the float does (and back). For negative numbers the
- * magnitude is inverted, since a larger magnitude is a smaller number. */
-static inline int32_t order_key(int32_t bits) {
-    return bits ^ (int32_t)((uint32_t)(bits >> 31) >> 1);
-}
-
-WIDE static float row_max(const float *x, size_t n) {
-    /* 1. Integers are compared, which needs no branch. INT32_MIN is below every key. */
-    int32_t lane[LANES];
-    int32_t most = INT32_MIN;
-    size_t i = 0;
-    for (size_t j = 0; j < LANES; j++)
-        lane[j] = INT32_MIN;
-    for (; i + LANES <= n; i += LANES)
-        for (size_t j = 0; j < LANES; j++) {
-            int32_t key = order_key((int32_t)bits_of_float(x[i + j]));
-            lane[j] = key > lane[j] ? key : lane[j];
-        }
-    /* 2. The largest of the lanes, then of the rest of the row. */
-    for (size_t j = 0; j < LANES; j++)
-        most = MAX(most, lane[j]);
-    for (; i < n; i++)
-        most = MAX(most, order_key((int32_t)bits_of_float(x[i])));
-    return float_of_bits((uint32_t)order_key(most));
-}
-
-/* The 16 sums added up in pairs, as in a tournament: 16 become 8, 4, 2, 1. */
-static inline float lane_sum(float lane[LANES]) {
-    /* a lane's sum goes through 4 additions instead of up to 15: less rounding, less waiting */
-    for (size_t half = LANES / 2; half > 0; half /= 2)
-        for (size_t j = 0; j < half; j++)
-            lane[j] += lane[j + half];
-    return lane[0];
-}
-
-WIDE static float row_sum(const float *x, size_t n) {
-    float lane[LANES] = {0};
-    float result = 0;
-    size_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (size_t j = 0; j < LANES; j++)
-            lane[j] += x[i + j];
-    for (; i < n; i++)
-        result += x[i];
-    return result + lane_sum(lane);
-}
-
-WIDE static float row_dot(const float *x, const float *y, size_t n) {
-    /* A single sum would have to wait for each addition before the next; 16 do not wait. */
-    float lane[LANES] = {0};
-    float result = 0;
-    size_t i = 0;
-    for (; i + LANES <= n; i += LANES)
-        for (size_t j = 0; j < LANES; j++)
-            lane[j] += x[i + j] * y[i + j];
-    for (; i < n; i++)
-        result += x[i] * y[i];
-    return result + lane_sum(lane);
-}
-
-/* y = e^(x - shift), number by number; returns the sum of y. */
-WIDE static float row_exp(float *y, const float *x, float shift, size_t n) {
-    for (size_t i = 0; i < n; i++)
-        y[i] = exp_fast(x[i] - shift);
-    return row_sum(y, n);
-}
-
 /* ---- Softmax, entropy, KL -------------------------------------------------------------------- */
+
+/* The largest of n numbers; y_i = e^(x_i - shift), and the sum of these; e^x. They are written for
+ * speed, at the head of Part II. */
+static float row_max(const float *x, size_t n);
+static float row_exp(float *y, const float *x, float shift, size_t n);
+static inline float exp_fast(float x);
 
 /* argmax -- the index of the largest number (not its value): the token's id.
  *                                                                [glossary: Argmax/Argmin]
@@ -647,8 +517,9 @@ static double kl_exact(const float *p_logits, float p_lse, const float *q_logits
  * log-probabilities of the token that was drawn. Both estimates are unbiased: averaged over tokens
  * drawn from p they give KL(p || q); for k3, the mean of -d is KL, that of e^d - 1 = q/p - 1 is 0.
  * Can KL be negative? The true one never is, but k1 of one token is negative whenever q finds that
- * token more probable than p does. k3 is never negative and varies less. TRL's PPO uses k1 in the
- * reward, and so does align; GRPO uses k3.
+ * token more probable than p does. k3 is never negative, and it varies less while p and q
+ * are close (where p almost never draws what q likes, far more). TRL's PPO uses k1 in the reward,
+ * and so does align; GRPO uses k3.
  * By hand: p = 0.5, q = 0.25: k1 = ln 2 = 0.6931; d = -0.6931, k3 = 0.5 - 1 + 0.6931 = 0.1931.
  *                                                                                      test: kl */
 static double kl_k1(double log_p, double log_q) {
@@ -667,8 +538,9 @@ static double kl_k3(double log_p, double log_q) {
  *   log pi(y|x) = sum_t log pi(y_t | x, y_1 .. y_t-1)
  * in   token_logprobs (n), nats: each token's log-probability, given all tokens before it
  * An answer is a chain of choices. The probability of the chain is the product of the probabilities
- * of its links, and the logarithm turns it into a sum. Longer answers have lower sums: a method
- * that compares answers of different lengths (DPO's IPO variant) divides by the length.
+ * of its links, and the logarithm turns it into a sum. Longer answers mostly have lower sums. DPO
+ * does not mind: it subtracts the reference's sum over the same tokens. Its IPO variant divides by
+ * the length.
  * By hand: probabilities 0.5, 0.25: -0.6931 - 1.3863 = -2.0794 = ln 0.125.
  *                                                                                      test: kl */
 static double sequence_logprob(const float *token_logprobs, size_t n) {
@@ -869,7 +741,9 @@ static double sentiment_loss(const float *reward, const double *label, size_t n,
  *                                                    of the sum of rewards from this token on
  *     delta             -0.20     -0.10     0.68     gae_step: reward + next value - value
  *     advantage          0.3187    0.546    0.68     gae_step: delta + 0.95 * next advantage
+ *       without KL       0.4368    0.565    0.70     the same with beta 0: what the penalty took
  *     return             0.8187    0.946    0.98     advantage + value: the value head's target
+ *                                                    (at lambda 1 the plain sum of rewards)
  *     whitened          -1.0742    0.1703   0.9039   whiten: the advantages with mean 0, variance 1
  *   and at a later update, when the policy has moved:
  *     log pi now        -1.10     -0.30    -0.15     " good" has become much more probable
@@ -1075,7 +949,10 @@ static float kl_penalty_token(enum KLPenalty kind, float logprob, float ref_logp
  * KL(pi || pi_ref). Each token pays its own term of the sum, where it departs. The score judges
  * the whole answer, so it can be given only once that is complete: at the last token
  * (ppo_rewards). How it reaches the earlier tokens: gae_step. The penalty is paid once, by the
- * policy that wrote the answers, and stays as it is while PPO uses them for several updates.
+ * policy that wrote the answers, and stays as it is while PPO uses them for several updates. At the
+ * first step policy and reference are the same: every kl is 0, and only the score is paid.
+ * A token also answers for the penalties after it, since GAE adds up what follows. In the example
+ * " very" loses 0.1181 by the KL: its own 0.10, and 0.9025 * 0.02 of the last token's.
  * kl_coef is beta as it is now.
  * By hand: beta 0.2: a divergence of 0.50 costs 0.10; one of -0.30 earns 0.06.
  *                                             test: ppo_advantages_golden; gdb: break kl_reward */
@@ -1119,12 +996,14 @@ static double kl_controller_update(const struct PPOConfig *config, double kl_coe
  * gamma lambda, delta_{t+2} times its square, and so on. In the example the score of 1.0 adds 1 to
  * the last token's advantage, 0.95 to the one before, 0.95^2 = 0.9025 to the first.
  * gamma discounts: a reward that comes k tokens later counts gamma^k times. Answers are short, so
- * RLHF leaves it at 1. lambda says how far to trust the value head. At 0, A_t is delta_t: what is
- * still to come is the head's next guess alone. That has little noise, but is wrong as long as the
- * head is, and earlier tokens learn of the score only as the head learns to expect it. At 1 (with
- * gamma 1), A_t is the sum of all rewards from t on, minus value_t: what the head says of later
- * positions has cancelled, and value_t is no more than a baseline (unbiased, but noisy). In the
- * chapter's example: -0.20 - 0.10 + 0.68 = 0.38 = (-0.10 + 0 + 0.98) - 0.50.
+ * RLHF leaves it at 1. lambda says how far to trust the value head; the example with three of them:
+ *     lambda 0       A  -0.20   -0.10   0.68    delta alone: what is still to come is the head's
+ *                                               guess. Little noise, but wrong where the head is
+ *     lambda 0.95    A   0.3187  0.546  0.68
+ *     lambda 1       A   0.38    0.58   0.68    the plain sum of rewards from t on, minus value_t,
+ *                                               which is only a baseline: unbiased, but noisy
+ * At lambda 1 what the head says of later positions cancels (if gamma is 1):
+ * -0.20 - 0.10 + 0.68 = 0.38 = (-0.10 + 0 + 0.98) - 0.50.
  * By hand: the chapter's last token: delta = 0.98 + 0 - 0.3 = 0.68, A = 0.68. The one before it:
  * delta = 0 + 0.3 - 0.4 = -0.1, A = -0.1 + 0.95 * 0.68 = 0.546.
  *                                   test: gae_hand, ppo_advantages_golden; gdb: break gae_step */
@@ -1312,7 +1191,10 @@ static struct PPOLoss ppo_loss(const struct PPOConfig *config, struct PPOTokens 
  *    [glossary: Otimização de preferência direta (DPO)] [glossary: Solução em forma fechada]
  *
  * Is all of chapter 4's machinery needed? The objective J(pi) = E[r] - beta KL(pi || pi_ref) has a
- * maximum that can be written down. For one prompt x, omitted here:
+ * maximum that can be written down. At the maximum nothing is gained by moving probability from one
+ * answer to another: the derivative of J by pi(y), r(y) - beta (log(pi(y) / pi_ref(y)) + 1), is the
+ * same for all y. So log(pi / pi_ref) is r / beta plus a constant, and the constant makes the sum
+ * 1 (exact_optimum has the proof). For one prompt x, omitted here:
  *
  *     pi*(y) = pi_ref(y) e^(r(y)/beta) / Z          Z = sum_y pi_ref(y) e^(r(y)/beta)    [5] Eq. 4
  *                                         [glossary: Distribuição ponderada por recompensa]
@@ -1399,9 +1281,9 @@ struct DPOSide {
 /* dpo_pair_loss -- Direct Preference Optimization, one pair.                    [glossary: DPO]
  *   logits = (logp_chosen - ref_chosen) - (logp_rejected - ref_rejected)
  *   loss   = -log sigmoid(beta logits)                                                [5] Eq. 7
- * (`logits` is TRL's name for this one number; these are not chapter 2's logits.) This is
- * Bradley-Terry's loss with the implied rewards in place of a reward model's. By the slope of
- * log_sigmoid, its derivatives are
+ * (`logits` is TRL's name for this one number; these are not chapter 2's logits. The paper's y_w
+ * and y_l are chosen and rejected.) This is Bradley-Terry's loss with the implied rewards in place
+ * of a reward model's. By the slope of log_sigmoid, its derivatives are
  *   d loss / d logits        = -beta sigmoid(-beta logits)
  *   d loss / d logp_chosen   = d loss / d logits      negative: a step downhill raises logp_chosen
  *   d loss / d logp_rejected = -d loss / d logits     positive: and lowers logp_rejected
@@ -1600,12 +1482,12 @@ static double dpo_loss(const struct DPOConfig *config, size_t B, struct DPOSide 
  *
  *     logits of     " good"  " long"  " bad"  " the"
  *                      2.0      1.0      0.0    -2.0
- *     penalty 2        1.0      1.0      0.0    -2.0     " good" was there already: 2.0 / 2
- *     temperature 0.5  2.0      2.0      0.0    -4.0     divided by 0.5: differences double
- *     top-k 3          2.0      2.0      0.0    -inf     the three largest stay
- *     top-p 0.9        2.0      2.0     -inf    -inf     the first holds 0.468, both 0.937
- *     softmax          0.5      0.5      0       0
- *     u = 0.7 draws " long": the running sum 0.5, 1.0 passes 0.7 there
+ *     penalty 1.25     1.6      1.0      0.0    -2.0     " good" was there already: 2.0 / 1.25
+ *     temperature 0.5  3.2      2.0      0.0    -4.0     divided by 0.5: differences double
+ *     top-k 3          3.2      2.0      0.0    -inf     the three largest stay
+ *     top-p 0.9        3.2      2.0     -inf    -inf     the first holds 0.745, the first two 0.970
+ *     softmax          0.769    0.231    0       0
+ *     u = 0.8 draws " long": the running sum 0.769, 1 passes 0.8 there
  *
  * A token's mass is its probability. By default, PPO and REINFORCE draw their own answers without
  * any cut: their formulas are means over what the policy says, not over what a filter leaves of it.
@@ -1779,7 +1661,8 @@ static size_t top_p_cut(const struct Candidate *order, size_t n, double total, d
  * in, out  logits (V); p in [0, 1); min_keep: at least this many stay
  * By hand: probabilities 0.5, 0.3, 0.2. p = 0.45: the first alone, which holds 0.5; p = 0.6: the
  * first two, which hold 0.8. A set that holds exactly p is enough, as in transformers: with p = 0.5
- * the first stays alone. (Some other programs want more than p, and would keep two.)
+ * the first stays alone. (The course's glossary, like some programs, wants more than p, and would
+ * keep two.)
  * What is left is divided by its mass in sample_token: 0.5, 0.3 become 0.625, 0.375.
  *                                                                     test: generate_processors */
 static void process_top_p(float *logits, size_t V, double p, size_t min_keep) {
@@ -1870,10 +1753,10 @@ static int sample_token(float *logits, size_t V, struct Rng *rng) {
 
 /* ---- Memory: arena and scratch --------------------------------------------------------------
  *
- * Part I needed none: its functions work on numbers that their caller owns. From here on there are
- * texts, activations and batches, whose size is known only at run time. An arena hands out memory
- * piece by piece and takes it all back at once: one call frees everything in it, so nothing can be
- * freed twice or forgotten. A training loop empties its arena before each step. */
+ * Part I needed hardly any: its functions work on numbers that their caller owns. From here on
+ * there are texts, activations and batches, whose size is known only at run time. An arena hands
+ * out memory piece by piece and takes it all back at once: one call frees everything in it, so
+ * nothing can be freed twice or forgotten. A training loop empties its arena before each step. */
 
 /* A reset merges the blocks of an arena into one, so a training loop asks the system for memory in
  * its first steps only. Under sanitizers every piece is a separate allocation: an overrun must not
@@ -1990,6 +1873,146 @@ static void *thread_scratch(enum ScratchSlot slot, size_t count, size_t size) {
         slots[slot] = arena_block(count * size);
     }
     return (char *)slots[slot] + ARENA_HEADER;
+}
+
+/* ---- Rows of numbers, fast ------------------------------------------------------------------
+ *
+ * Sums and maxima over a row, and e^x, written so that a compiler can turn them into vector
+ * instructions: 16 numbers at a time, and no function call for e^x. A first reader can skip them:
+ * row_max, row_sum, row_dot and row_exp do what their names say. */
+
+/* WIDE: gcc compiles a function three times, for AVX-512, AVX2 and any x86-64, and the loader picks
+ * the version that suits the processor. The first one may use fused multiply-adds, which round once
+ * where the others round twice. (Not under sanitizers, which start after the loader.) */
+#if defined(__x86_64__) && defined(__GLIBC__) && !SANITIZED
+#define WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define WIDE
+#endif
+
+/* The 32 bits of a float as an integer, and back. */
+static inline uint32_t bits_of_float(float x) {
+    uint32_t bits;
+    memcpy(&bits, &x, 4);
+    return bits;
+}
+
+static inline float float_of_bits(uint32_t bits) {
+    float x;
+    memcpy(&x, &bits, 4);
+    return x;
+}
+
+/* exp_fast -- e^x in float, without a branch, so that a loop over it becomes vector instructions
+ * (libm's expf is a function call for each number).
+ *   e^x = 2^n e^r,   n = round(x / ln 2),   r = x - n ln 2, which lies in [-0.35, 0.35]
+ * 2^n comes from writing n into a float's exponent bits; e^r is its Taylor series up to r^7 / 7!.
+ * Relative error below 2e-7 for |x| <= 87. Below -87 the result is 0, above 87 it is e^87.
+ * Limits are tested on the bits, as integers: a comparison of floats would remain a branch.
+ * By hand: x = 1: n = 1, r = 0.3069, e^r = 1.3591, times 2 = 2.7183.             test: exp_fast */
+static inline float exp_fast(float x) {
+    /* 1. |x| is limited to 87.0, whose bits are 0x42ae0000. Without their sign bits, floats sort
+     *    like the integers with the same bits. */
+    uint32_t sign = bits_of_float(x) & 0x80000000u;
+    int32_t size = (int32_t)(bits_of_float(x) & 0x7fffffffu);
+    int32_t limit = 0x42ae0000;
+    float clamped = float_of_bits((uint32_t)(size < limit ? size : limit) | sign);
+
+    /* 2. n: a float near 1.5 * 2^23 has no bits left for a fraction. So adding that number rounds
+     *    to an integer, and n is in the lowest bits of `shifted`. */
+    float shifted = clamped * 1.44269504f + 12582912.0f;
+    float n = shifted - 12582912.0f;
+
+    /* 3. r, then its series from the highest power down. n ln 2 is subtracted in two parts: ln 2's
+     *    upper part has so few bits that n times it is exact, and r keeps all its digits. */
+    float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+    float tail = 8.3333338e-3f + r * (1.3888889e-3f + r * 1.984127e-4f);
+    float p = 1.6666667e-1f + r * (4.1666668e-2f + r * tail);
+    p = 1.0f + r * (1.0f + r * (0.5f + r * p));
+
+    /* 4. 2^n: a float stores its exponent plus 127, starting at bit 23. */
+    float two_to_n = float_of_bits((bits_of_float(shifted) + 127) << 23);
+
+    /* 5. Below -87 the result is 0: the mask clears all bits. NaN stays NaN, always with the same
+     *    bits, since arm64 and x86 would make different ones. */
+    uint32_t underflow = size > limit ? sign >> 31 : 0;
+    uint32_t nan = size > 0x7f800000 ? 0x7fc00000u : 0;
+    return float_of_bits((bits_of_float(p * two_to_n) & (underflow - 1u)) | nan);
+}
+
+/* Sums and maxima are computed in 16 lanes: lane j takes x[j], x[j + 16], x[j + 32] ..., and one
+ * vector instruction serves all lanes at once. Where the length is no multiple of 16, a second loop
+ * takes the rest. A compiler may not choose such an order by itself, since sums of floats in
+ * another order round differently. With the order written down, a sum has the same bits every time,
+ * on any number of threads. (Not on every processor: one with AVX-512 multiplies and adds with one
+ * rounding instead of two, see WIDE.) */
+enum { LANES = 16 };
+
+/* A float's bits as an integer that sorts as the float does (and back). For negative numbers the
+ * magnitude is inverted, since a larger magnitude is a smaller number. */
+static inline int32_t order_key(int32_t bits) {
+    return bits ^ (int32_t)((uint32_t)(bits >> 31) >> 1);
+}
+
+WIDE static float row_max(const float *x, size_t n) {
+    /* 1. Integers are compared, which needs no branch. INT32_MIN is below every key. */
+    int32_t lane[LANES];
+    int32_t most = INT32_MIN;
+    size_t i = 0;
+    for (size_t j = 0; j < LANES; j++)
+        lane[j] = INT32_MIN;
+    for (; i + LANES <= n; i += LANES)
+        for (size_t j = 0; j < LANES; j++) {
+            int32_t key = order_key((int32_t)bits_of_float(x[i + j]));
+            lane[j] = key > lane[j] ? key : lane[j];
+        }
+    /* 2. The largest of the lanes, then of the rest of the row. */
+    for (size_t j = 0; j < LANES; j++)
+        most = MAX(most, lane[j]);
+    for (; i < n; i++)
+        most = MAX(most, order_key((int32_t)bits_of_float(x[i])));
+    return float_of_bits((uint32_t)order_key(most));
+}
+
+/* The 16 sums added up in pairs, as in a tournament: 16 become 8, 4, 2, 1. */
+static inline float lane_sum(float lane[LANES]) {
+    /* a lane's sum goes through 4 additions instead of up to 15: less rounding, less waiting */
+    for (size_t half = LANES / 2; half > 0; half /= 2)
+        for (size_t j = 0; j < half; j++)
+            lane[j] += lane[j + half];
+    return lane[0];
+}
+
+WIDE static float row_sum(const float *x, size_t n) {
+    float lane[LANES] = {0};
+    float result = 0;
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (size_t j = 0; j < LANES; j++)
+            lane[j] += x[i + j];
+    for (; i < n; i++)
+        result += x[i];
+    return result + lane_sum(lane);
+}
+
+WIDE static float row_dot(const float *x, const float *y, size_t n) {
+    /* A single sum would have to wait for each addition before the next; 16 do not wait. */
+    float lane[LANES] = {0};
+    float result = 0;
+    size_t i = 0;
+    for (; i + LANES <= n; i += LANES)
+        for (size_t j = 0; j < LANES; j++)
+            lane[j] += x[i + j] * y[i + j];
+    for (; i < n; i++)
+        result += x[i] * y[i];
+    return result + lane_sum(lane);
+}
+
+/* y = e^(x - shift), number by number; returns the sum of y. */
+WIDE static float row_exp(float *y, const float *x, float shift, size_t n) {
+    for (size_t i = 0; i < n; i++)
+        y[i] = exp_fast(x[i] - shift);
+    return row_sum(y, n);
 }
 
 /* =============================================================================================
@@ -2825,8 +2848,8 @@ static size_t length_sampler(const struct LengthSampler *s, struct Rng *rng) {
  *      keeps it supplied.
  *   2. Packing: A and B are copied into panels, in exactly the order in which the tile reads them,
  *      whatever their strides are.
- *   3. Blocks: KC steps of k at a time, so that one panel of B (NR columns, 48 KB) stays in the
- *      first or second cache while the panels of A pass by it.
+ *   3. Blocks: KC steps of k at a time, so that one panel of B (NR columns, 12 to 48 KB) stays in
+ *      the first or second cache while the panels of A pass by it.
  * All threads pack A together. Then each of them takes panels of B, packs one and computes the
  * columns of C that belong to it. An element of C is summed by one thread, in the order of k, so
  * any number of threads gives the same bits. For the same reason, no chapter lets two threads add
@@ -2837,37 +2860,24 @@ static size_t length_sampler(const struct LengthSampler *s, struct Rng *rng) {
 
 /* ---- Views ---------------------------------------------------------------------------------- */
 
-/* A matrix to read from. Element (i,j) is data[i * row_stride + j * column_stride]. A row stride of
- * 0 repeats one row (a bias); a matrix without data is one of zeros. */
+/* A view of a matrix. Element (i,j) is data[i * row_stride + j * column_stride]. A row stride of 0
+ * repeats one row (a bias); a matrix without data is one of zeros. What a product writes to has a
+ * column stride of 1: the numbers of a row are neighbours. */
 struct Matrix {
-    const float *data;
+    float *data;
     size_t rows, columns;
     size_t row_stride, column_stride;
 };
 
-/* A matrix to write to. The numbers of a row are neighbours. */
-struct MatrixOut {
-    float *data;
-    size_t rows, columns;
-    size_t row_stride;
-};
-
 static struct Matrix matrix(const float *data, size_t rows, size_t columns) {
-    return (struct Matrix){data, rows, columns, columns, 1};
-}
-
-static struct MatrixOut matrix_out(float *data, size_t rows, size_t columns) {
-    return (struct MatrixOut){data, rows, columns, columns};
+    /* One kind of view serves for reading and writing, so the const is lost here: a product writes
+     * only to its first argument. */
+    return (struct Matrix){(float *)data, rows, columns, columns, 1};
 }
 
 static struct Matrix transposed(struct Matrix m) {
     /* rows and columns change places, and so do their strides */
     return (struct Matrix){m.data, m.columns, m.rows, m.column_stride, m.row_stride};
-}
-
-/* A matrix that was written, as one to read from. */
-static struct Matrix readable(struct MatrixOut m) {
-    return (struct Matrix){m.data, m.rows, m.columns, m.row_stride, 1};
 }
 
 /* The part of a matrix from (row, column) on: `rows` rows and `columns` columns, or as many as
@@ -2883,20 +2893,10 @@ static struct Matrix matrix_block(struct Matrix m, size_t row, size_t column, si
     return m;
 }
 
-static struct MatrixOut matrix_out_block(struct MatrixOut m, size_t row, size_t column, size_t rows,
-                                         size_t columns) {
-    /* as above; the column stride is 1 */
-    m.data += row * m.row_stride + column;
-    m.rows = MIN(rows, m.rows - row);
-    m.columns = MIN(columns, m.columns - column);
-    return m;
-}
-
 /* matmul_plain -- C = start + A B by its definition:  C_ij = start_ij + sum_k A_ik B_kj.
  * Sums are in double. matmul is tested against it, and ALIGN_KERNEL=plain runs everything on it:
  * use that to step through a product.                                       test: matmul_plain */
-static void matmul_plain(struct MatrixOut c, struct Matrix start, struct Matrix a,
-                         struct Matrix b) {
+static void matmul_plain(struct Matrix c, struct Matrix start, struct Matrix a, struct Matrix b) {
     for (size_t i = 0; i < c.rows; i++)
         for (size_t j = 0; j < c.columns; j++) {
             /* In double: each of thousands of float additions would round, and a definition should
@@ -2927,7 +2927,7 @@ struct Kernel {
     size_t MR, NR;
     void (*tile)(size_t K, const float *a, const float *b, const float *start, size_t start_row,
                  float *c, size_t c_row);
-    void (*few_rows)(struct MatrixOut y, struct Matrix x, struct Matrix weight, const float *bias);
+    void (*few_rows)(struct Matrix y, struct Matrix x, struct Matrix weight, const float *bias);
 };
 
 /* Vectors of 4 numbers (SSE and NEON: in every x86-64 and arm64), of 8 (AVX) and of 16 (AVX-512).
@@ -2999,7 +2999,7 @@ static ALWAYS_INLINE void add_eight_rows(float *y, const float *x, const float *
  * It is compiled once for each tile, with the same instructions. It adds in the tile's order and,
  * where there is a fused multiply-add, rounds where the tile rounds, so both give the same bits.
  *                                                                 test: few_rows, rows_company */
-static ALWAYS_INLINE void linear_few_rows(struct MatrixOut y, struct Matrix x, struct Matrix weight,
+static ALWAYS_INLINE void linear_few_rows(struct Matrix y, struct Matrix x, struct Matrix weight,
                                           const float *bias) {
     size_t N = x.rows;
     size_t in = x.columns;
@@ -3031,7 +3031,7 @@ static ALWAYS_INLINE void linear_few_rows(struct MatrixOut y, struct Matrix x, s
                     x.data[n * x.row_stride + k] * weight.data[k * stride + j];
 }
 
-static void few_rows_base(struct MatrixOut y, struct Matrix x, struct Matrix weight,
+static void few_rows_base(struct Matrix y, struct Matrix x, struct Matrix weight,
                           const float *bias) {
     /* inlined here, and so compiled with the instructions that every processor has */
     linear_few_rows(y, x, weight, bias);
@@ -3098,13 +3098,13 @@ AVX512 static void tile_8x32(size_t K, const float *a, const float *b, const flo
             *(float16_any *)(c + i * c_row + 16 * j) = sum[i][j];
 }
 
-AVX2 static void few_rows_avx2(struct MatrixOut y, struct Matrix x, struct Matrix weight,
+AVX2 static void few_rows_avx2(struct Matrix y, struct Matrix x, struct Matrix weight,
                                const float *bias) {
     /* the same source, inlined here and so compiled to AVX2 and fused multiply-adds */
     linear_few_rows(y, x, weight, bias);
 }
 
-AVX512 static void few_rows_avx512(struct MatrixOut y, struct Matrix x, struct Matrix weight,
+AVX512 static void few_rows_avx512(struct Matrix y, struct Matrix x, struct Matrix weight,
                                    const float *bias) {
     linear_few_rows(y, x, weight, bias);
 }
@@ -3157,8 +3157,9 @@ static size_t kernel_by_name(const char *asked) {
 
 /* kernel_choose -- sets `kernel` to the widest that this processor can run, or to the one that the
  * environment variable ALIGN_KERNEL requests: base, avx2 or avx512, or 0, 1, 2; "plain" for none,
- * which leaves matmul_plain. Kernels round differently: to reproduce the bits of another machine,
- * request its kernel.                                                        test: kernel_choose */
+ * which leaves matmul_plain. Kernels round differently, and so do WIDE's versions, which this does
+ * not choose: processors of one kind give the same bits, others nearly the same numbers.
+ *                                                                            test: kernel_choose */
 static void kernel_choose(void) {
     size_t widest = kernel_widest();
     const char *asked = getenv("ALIGN_KERNEL");
@@ -3275,7 +3276,7 @@ static void pack_panel(float *panel, struct Matrix lines, size_t width) {
 
 /* C = start + A B in progress, for one block: at most BLOCK_ROWS rows of A and KC steps of k. */
 struct Product {
-    struct MatrixOut c; /* (M,N) */
+    struct Matrix c; /* (M,N) */
     struct Matrix start; /* (M,N); may be c itself */
     struct Matrix a, b; /* (M,K) (K,N) */
     float *packed_a; /* A's panels, in order: that of row m begins at m * K */
@@ -3292,7 +3293,7 @@ static void pack_a_panel(const struct Product *product, size_t m) {
 /* A tile that extends beyond C is computed aside, from a copy of what it starts from, and the part
  * that belongs to C is copied back. The operations are those of a whole tile, so a row of C has the
  * same bits wherever it is and whatever rows are next to it.                test: rows_company */
-static void matmul_tile_aside(struct MatrixOut c, struct Matrix start, const float *a,
+static void matmul_tile_aside(struct Matrix c, struct Matrix start, const float *a,
                               const float *panel, size_t K) {
     size_t NR = kernel->NR;
     size_t row_bytes = c.columns * sizeof *c.data;
@@ -3316,7 +3317,7 @@ static void matmul_tile(const struct Product *product, const float *panel, size_
     /* the packed panel of A for these rows, and the tile's part of start and C */
     const float *a = product->packed_a + m * K;
     struct Matrix start = matrix_block(product->start, m, n, kernel->MR, kernel->NR);
-    struct MatrixOut c = matrix_out_block(product->c, m, n, kernel->MR, kernel->NR);
+    struct Matrix c = matrix_block(product->c, m, n, kernel->MR, kernel->NR);
     /* at the lower and right edges of C, the block is smaller than a tile */
     if (c.rows == kernel->MR && c.columns == kernel->NR)
         kernel->tile(K, a, panel, start.data, start.row_stride, c.data, c.row_stride);
@@ -3412,10 +3413,10 @@ static void matmul_block(const struct Product *product) {
 
 /* matmul_from -- C = start + A B, block by block; the three functions below call it.
  * in   start (M,N), a (M,K), b (K,N)          out  c (M,N)                    test: matmul_plain */
-static void matmul_from(struct MatrixOut c, struct Matrix start, struct Matrix a, struct Matrix b) {
+static void matmul_from(struct Matrix c, struct Matrix start, struct Matrix a, struct Matrix b) {
     /* 1. (M,K) times (K,N) makes (M,N). Views that do not fit would read and write beyond their
      *    memory, and the results would be wrong without any sign of it. */
-    CHECK(a.rows == c.rows && b.columns == c.columns && a.columns == b.rows,
+    CHECK(a.rows == c.rows && b.columns == c.columns && a.columns == b.rows && c.column_stride == 1,
           "matmul: (%zu,%zu) times (%zu,%zu) does not make (%zu,%zu); this is a fault of align",
           a.rows, a.columns, b.rows, b.columns, c.rows, c.columns);
 
@@ -3434,11 +3435,11 @@ static void matmul_from(struct MatrixOut c, struct Matrix start, struct Matrix a
         for (size_t k = 0; k < a.columns; k += KC) {
             /* 4. The first KC steps begin with `start`; each later block adds to what the earlier
              *    ones have left in C. */
-            struct MatrixOut c_block = matrix_out_block(c, m, 0, BLOCK_ROWS, c.columns);
+            struct Matrix c_block = matrix_block(c, m, 0, BLOCK_ROWS, c.columns);
             struct Matrix first_start = matrix_block(start, m, 0, BLOCK_ROWS, c.columns);
             struct Product product = {
                 .c = c_block,
-                .start = k == 0 ? first_start : readable(c_block),
+                .start = k == 0 ? first_start : c_block,
                 .a = matrix_block(a, m, k, BLOCK_ROWS, KC),
                 .b = matrix_block(b, k, 0, KC, b.columns),
                 .packed_a = packed_a,
@@ -3450,23 +3451,24 @@ static void matmul_from(struct MatrixOut c, struct Matrix start, struct Matrix a
 /* matmul -- C = A B.                         in  a (M,K), b (K,N)              out  c (M,N)
  * C must not overlap A or B. Inside a parallel loop it runs on the calling thread alone.
  * By hand: [1 2; 3 4] [5; 6] = [1*5 + 2*6; 3*5 + 4*6] = [17; 39].   test: matmul, matmul_threads */
-static void matmul(struct MatrixOut c, struct Matrix a, struct Matrix b) {
+static void matmul(struct Matrix c, struct Matrix a, struct Matrix b) {
     /* a matrix of zeros to start from: a shape without data */
     matmul_from(c, (struct Matrix){.rows = c.rows, .columns = c.columns}, a, b);
 }
 
 /* matmul_add -- C += A B: this is how the gradients of several micro-batches add up.
  * By hand: to the [17; 39] above [1 3; 2 4] [5; 6] = [23; 34]: [40; 73].            test: matmul */
-static void matmul_add(struct MatrixOut c, struct Matrix a, struct Matrix b) {
+static void matmul_add(struct Matrix c, struct Matrix a, struct Matrix b) {
     /* start and result are the same memory: a tile reads its part before it writes it */
-    matmul_from(c, readable(c), a, b);
+    matmul_from(c, c, a, b);
 }
 
 /* matmul_bias -- C = A B, with bias (N) added to each row.
  * By hand: [1 2; 3 4] [5; 6] and the bias 3: [20; 42].                             test: matmul */
-static void matmul_bias(struct MatrixOut c, const float *bias, struct Matrix a, struct Matrix b) {
+static void matmul_bias(struct Matrix c, const float *bias, struct Matrix a, struct Matrix b) {
     /* a row stride of 0: every row of C starts from the same bias */
-    struct Matrix bias_rows = {bias, c.rows, c.columns, 0, 1};
+    struct Matrix bias_rows = matrix(bias, c.rows, c.columns);
+    bias_rows.row_stride = 0;
     matmul_from(c, bias_rows, a, b);
 }
 
@@ -3562,7 +3564,7 @@ static void linear_forward(float *y, const float *x, size_t N, const struct Tens
                            const struct Tensor *bias) {
     size_t in = weight->shape[0];
     size_t out = weight->shape[1];
-    struct MatrixOut all_y = matrix_out(y, N, out);
+    struct Matrix all_y = matrix(y, N, out);
     struct Matrix all_x = matrix(x, N, in);
     struct Matrix all_weight = matrix(weight->w, in, out);
     /* 1. Many rows: a matrix product, which starts from the bias. */
@@ -3578,7 +3580,7 @@ static void linear_forward(float *y, const float *x, size_t N, const struct Tens
     size_t strip = N > 1 ? 384 : (out / threads + 15) / 16 * 16 + 16;
 #pragma omp parallel for schedule(static) if (N * in * out > 50000)
     for (size_t j = 0; j < out; j += strip)
-        kernel->few_rows(matrix_out_block(all_y, 0, j, N, strip), all_x,
+        kernel->few_rows(matrix_block(all_y, 0, j, N, strip), all_x,
                          matrix_block(all_weight, 0, j, in, strip), bias->w + j);
 }
 
@@ -3604,11 +3606,11 @@ static void linear_backward(float *dx, const float *dy, const float *x, size_t N
     struct Matrix all_dy = matrix(dy, N, out);
 
     /* 1. To the layer below. This is needed even if the weights are frozen. */
-    matmul(matrix_out(dx, N, in), all_dy, transposed(matrix(weight->w, in, out)));
+    matmul(matrix(dx, N, in), all_dy, transposed(matrix(weight->w, in, out)));
 
     /* 2. To the weights: x^T dy sums, over all tokens, input i times the blame of output j. */
     if (weight->d)
-        matmul_add(matrix_out(weight->d, in, out), transposed(matrix(x, N, in)), all_dy);
+        matmul_add(matrix(weight->d, in, out), transposed(matrix(x, N, in)), all_dy);
 
     /* 3. To the bias: each thread has a strip of columns, so no two add to the same number. */
     if (!bias->d)
@@ -3930,7 +3932,7 @@ static void attention_scores(float *p, const struct AttentionHead *head, size_t 
      * scores of the future in vain, but runs at the speed of matmul. */
     struct Matrix query = matrix_block(head->query, t0, 0, t1 - t0, head->HS);
     struct Matrix key = matrix_block(head->key, 0, 0, t1, head->HS);
-    matmul(matrix_out(p, t1 - t0, t1), query, transposed(key));
+    matmul(matrix(p, t1 - t0, t1), query, transposed(key));
     for (size_t i = 0; i < (t1 - t0) * t1; i++)
         p[i] *= head->scale;
 
@@ -3947,8 +3949,8 @@ static size_t lse_place(const struct AttentionHead *head, size_t t) {
 }
 
 /* The head's part of an array (N,C), to write to: T rows, HS columns. */
-static struct MatrixOut head_columns(struct MatrixOut all, const struct AttentionHead *head) {
-    return matrix_out_block(all, head->row, head->column, head->T, head->HS);
+static struct Matrix head_columns(struct Matrix all, const struct AttentionHead *head) {
+    return matrix_block(all, head->row, head->column, head->T, head->HS);
 }
 
 /* attention_softmax -- pass 3 for query t: p (t1) contains scores on entry and probabilities
@@ -3966,12 +3968,12 @@ static float attention_softmax(float *p, size_t t, size_t t1) {
  * out  the head's columns of out (N,C) and its numbers in lse (N,NH): log sum_j e^(score_tj), all
  *      that the backward pass needs to recompute p
  *                             test: attention_hand, attention; gdb: break attention_forward_head */
-static void attention_forward_head(struct MatrixOut out, float *lse,
+static void attention_forward_head(struct Matrix out, float *lse,
                                    const struct AttentionHead *head) {
     /* Blocks of queries: a thread needs memory for only one block of p, (ATTENTION_ROWS,T). A block
      * includes all keys of its rows, so one softmax per row is final. */
     size_t T = head->T;
-    struct MatrixOut mixture = head_columns(out, head);
+    struct Matrix mixture = head_columns(out, head);
     float *p = thread_scratch(SCRATCH_SCORES, ATTENTION_ROWS * T, sizeof *p);
     for (size_t t0 = 0; t0 < T; t0 += ATTENTION_ROWS) {
         size_t t1 = MIN(T, t0 + ATTENTION_ROWS);
@@ -3984,7 +3986,7 @@ static void attention_forward_head(struct MatrixOut out, float *lse,
             lse[lse_place(head, t)] = attention_softmax(p + (t - t0) * t1, t, t1);
 
         /* pass 4: the mixture  out = P value,  (rows,t1) times (t1,HS) */
-        matmul(matrix_out_block(mixture, t0, 0, t1 - t0, head->HS), matrix(p, t1 - t0, t1),
+        matmul(matrix_block(mixture, t0, 0, t1 - t0, head->HS), matrix(p, t1 - t0, t1),
                matrix_block(head->value, 0, 0, t1, head->HS));
     }
 }
@@ -3993,7 +3995,7 @@ static void attention_forward_head(struct MatrixOut out, float *lse,
  * in   qkv (N,3C)       out  out (N,C), lse (N,NH)                             test: attention */
 static void attention_forward(float *out, float *lse, const float *qkv, const struct Batch *batch,
                               struct AttentionShape shape) {
-    struct MatrixOut all_out = matrix_out(out, batch->N, shape.C);
+    struct Matrix all_out = matrix(out, batch->N, shape.C);
     /* dynamic: a long sequence takes far longer than a short one, so with equal shares some threads
      * would be idle */
 #pragma omp parallel for schedule(dynamic)
@@ -4041,24 +4043,24 @@ static void attention_softmax_backward(float *dp, const float *p, const float *d
 
 /* The gradient of one head: views of dqkv, (T,HS) each. */
 struct AttentionGradient {
-    struct MatrixOut query, key, value;
+    struct Matrix query, key, value;
 };
 
 static struct AttentionGradient attention_gradient(float *dqkv, const struct Batch *batch,
                                                    struct AttentionShape shape,
                                                    const struct AttentionHead *head) {
     size_t C = shape.C;
-    struct MatrixOut all = matrix_out(dqkv, batch->N, 3 * C);
+    struct Matrix all = matrix(dqkv, batch->N, 3 * C);
     /* dqkv has the layout of qkv: the gradient of each number is at the number's own place, and the
      * linear layer below takes all three parts as a single dy */
     return (struct AttentionGradient){
-        .query = matrix_out_block(all, head->row, head->column, head->T, head->HS),
-        .key = matrix_out_block(all, head->row, C + head->column, head->T, head->HS),
-        .value = matrix_out_block(all, head->row, 2 * C + head->column, head->T, head->HS),
+        .query = matrix_block(all, head->row, head->column, head->T, head->HS),
+        .key = matrix_block(all, head->row, C + head->column, head->T, head->HS),
+        .value = matrix_block(all, head->row, 2 * C + head->column, head->T, head->HS),
     };
 }
 
-static void matrix_clear(struct MatrixOut m) {
+static void matrix_clear(struct Matrix m) {
     for (size_t i = 0; i < m.rows; i++)
         memset(m.data + i * m.row_stride, 0, m.columns * sizeof *m.data);
 }
@@ -4103,9 +4105,9 @@ static void attention_backward_head(const struct AttentionGradient *d, struct Ma
             attention_softmax_again(p + (t - t0) * t1, lse[lse_place(head, t)], t, t1);
 
         /* Back through pass 4: a value learns from each query in proportion to its weight there. */
-        matmul_add(matrix_out_block(d->value, 0, 0, t1, HS), transposed(matrix(p, rows, t1)),
+        matmul_add(matrix_block(d->value, 0, 0, t1, HS), transposed(matrix(p, rows, t1)),
                    dout_rows);
-        matmul(matrix_out(dp, rows, t1), dout_rows,
+        matmul(matrix(dp, rows, t1), dout_rows,
                transposed(matrix_block(head->value, 0, 0, t1, HS)));
 
         /* Back through passes 3 and 2, row by row: dp becomes dS times the scale. */
@@ -4116,9 +4118,9 @@ static void attention_backward_head(const struct AttentionGradient *d, struct Ma
 
         /* Back through pass 1: a score's derivative by the query is the key, and by the key the
          * query. */
-        matmul(matrix_out_block(d->query, t0, 0, rows, HS), matrix(dp, rows, t1),
+        matmul(matrix_block(d->query, t0, 0, rows, HS), matrix(dp, rows, t1),
                matrix_block(head->key, 0, 0, t1, HS));
-        matmul_add(matrix_out_block(d->key, 0, 0, t1, HS), transposed(matrix(dp, rows, t1)),
+        matmul_add(matrix_block(d->key, 0, 0, t1, HS), transposed(matrix(dp, rows, t1)),
                    matrix_block(head->query, t0, 0, rows, HS));
     }
 }
@@ -4343,8 +4345,8 @@ struct Adapter {
     const char *target_modules; /* names of the layers that it adapts */
     const char *base_model_name_or_path;
     bool use_rslora; /* see adapter_scale */
-    bool
-        partial; /* which of these layers is for the file's tensors to say: a pattern, exceptions */
+    /* which layers have an adapter is for the file's tensors to say: a pattern, exceptions */
+    bool partial;
 };
 
 /* What the forward pass keeps of one block for the backward pass. */
@@ -4804,7 +4806,7 @@ static void output_logits(const struct GPT2 *model, float *logits, const float *
     size_t V = model->config.vocab_size;
     /* A token's logit is the dot product of the hidden vector with the token's own vector: the
      * more they point the same way, the better the token fits. */
-    matmul(matrix_out(logits, n, V), matrix(hidden, n, C), transposed(matrix(model->wte.w, V, C)));
+    matmul(matrix(logits, n, V), matrix(hidden, n, C), transposed(matrix(model->wte.w, V, C)));
 }
 
 /* The logits of tokens v .. v+3, for n <= FEW_ROWS hidden vectors: four rows of wte come from
@@ -4872,8 +4874,8 @@ static struct LMHead lm_head_new(const struct GPT2 *model, struct Arena *arena,
                                  size_t R, float temperature) {
     size_t C = model->config.n_embd;
     size_t V = model->config.vocab_size;
-    /* at least one row, even if a single row of the vocabulary exceeds the limit */
-    size_t chunk = MIN(R, MAX((size_t)1, (size_t)LM_HEAD_FLOATS / V));
+    /* as many rows as fit into LM_HEAD_FLOATS; a vocabulary never has more ids than that */
+    size_t chunk = MIN(R, (size_t)LM_HEAD_FLOATS / V);
     struct LMHead head = {
         .R = R,
         .chunk = chunk,
@@ -5003,13 +5005,13 @@ static void lm_head_backward_chunk(struct GPT2 *model, struct LMHead *head, size
 
     /* 2. d hidden = d logits wte,  (n,V) times (V,C): what goes back through the model. */
     float *drows = arena_floats(arena, n * C);
-    matmul(matrix_out(drows, n, C), dlogits, matrix(model->wte.w, V, C));
+    matmul(matrix(drows, n, C), dlogits, matrix(model->wte.w, V, C));
 
     /* 3. wte's gradient, the first of two ways: as the output layer, d wte += d logits^T hidden.
      *    Every token of the vocabulary gets a share, since each had a logit. The second way, as the
      *    embedding of the tokens that were read, comes at the end of gpt2_backward. */
     if (model->wte.d)
-        matmul_add(matrix_out(model->wte.d, V, C), transposed(dlogits),
+        matmul_add(matrix(model->wte.d, V, C), transposed(dlogits),
                    matrix(head->hidden + first * C, n, C));
 
     /* 4. Back to the rows' places in the batch; added, since another head may have contributed to
@@ -5246,13 +5248,12 @@ static void lora_forward(float *y, const float *x, const struct Linear *linear, 
      *    first, it would be as large as W, and so would the work. The scale is applied here, where
      *    there are fewest numbers. */
     float *u = thread_scratch(SCRATCH_ROW, N * r, sizeof *u);
-    matmul(matrix_out(u, N, r), matrix(x, N, in), transposed(matrix(linear->lora_A.w, r, in)));
+    matmul(matrix(u, N, r), matrix(x, N, in), transposed(matrix(linear->lora_A.w, r, in)));
     for (size_t i = 0; i < N * r; i++)
         u[i] *= linear->lora_scale;
 
     /* 2. And up again to out numbers, added to what W has given. */
-    matmul_add(matrix_out(y, N, out), matrix(u, N, r),
-               transposed(matrix(linear->lora_B.w, out, r)));
+    matmul_add(matrix(y, N, out), matrix(u, N, r), transposed(matrix(linear->lora_B.w, out, r)));
 }
 
 /* lora_backward -- lora_forward in reverse. y = ... + u B^T, u = scale x A^T; with g = scale dy B
@@ -5274,19 +5275,19 @@ static void lora_backward(float *dx, const float *dy, const float *x, struct Lin
      *    it in memory, so one loop scales both. */
     float *u = thread_scratch(SCRATCH_ROW, 2 * N * r, sizeof *u);
     float *g = u + N * r;
-    matmul(matrix_out(u, N, r), matrix(x, N, in), transposed(matrix(A->w, r, in)));
-    matmul(matrix_out(g, N, r), matrix(dy, N, out), matrix(B->w, out, r));
+    matmul(matrix(u, N, r), matrix(x, N, in), transposed(matrix(A->w, r, in)));
+    matmul(matrix(g, N, r), matrix(dy, N, out), matrix(B->w, out, r));
     for (size_t i = 0; i < 2 * N * r; i++)
         u[i] *= linear->lora_scale;
 
     /* 2. The adapter's own gradients. At the start B is zero, hence g too, and only B learns; from
      *    the second step on both do. If A also started at zero, u and g would be zero for ever, and
      *    nothing would be learnt. */
-    matmul_add(matrix_out(B->d, out, r), transposed(matrix(dy, N, out)), matrix(u, N, r));
-    matmul_add(matrix_out(A->d, r, in), transposed(matrix(g, N, r)), matrix(x, N, in));
+    matmul_add(matrix(B->d, out, r), transposed(matrix(dy, N, out)), matrix(u, N, r));
+    matmul_add(matrix(A->d, r, in), transposed(matrix(g, N, r)), matrix(x, N, in));
 
     /* 3. What goes on to the previous layer: added, since x went into both W and A. */
-    matmul_add(matrix_out(dx, N, in), matrix(g, N, r), matrix(A->w, r, in));
+    matmul_add(matrix(dx, N, in), matrix(g, N, r), matrix(A->w, r, in));
 }
 
 /* ---- Which layers have an adapter ----------------------------------------------------------- */
@@ -5419,7 +5420,7 @@ static void lora_merge(struct Linear *linear) {
 
     /* 2. A^T (in,r) times B^T (r,out) has W's shape, and is added to it. The product that training
      *    avoids is computed once. */
-    matmul_add(matrix_out(W->w, in, out), transposed(matrix(A->w, r, in)),
+    matmul_add(matrix(W->w, in, out), transposed(matrix(A->w, r, in)),
                transposed(matrix(B->w, out, r)));
     lora_remove(linear);
 }
@@ -5750,15 +5751,19 @@ static void beam_score(const struct BeamSearch *search, const struct Sequence *b
 
 /* gumbel_keys -- random keys for n scores whose order is a draw without replacement: the largest
  * key is a draw from softmax(score), the second largest a draw from the rest, and so on.
- *   key = score + Gumbel noise,   noise = -log(-log u), u uniform in (0, 1]
+ *   key = score + Gumbel noise,   noise = -log(-log u), u uniform in (0, 1)
  * So sampled beams differ from each other; drawn with replacement, several could be equal.
  * By hand: scores log (0.5, 0.2, 0.3): the first has the largest key in half of all draws.
  *                                                                         test: beam_candidates */
 static float *gumbel_keys(struct Arena *arena, const float *score, size_t n, struct Rng *rng) {
     float *key = arena_floats(arena, n);
-    /* 1 - u, since rng_uniform may return 0, which has no logarithm, but never 1 */
-    for (size_t i = 0; i < n; i++)
-        key[i] = (float)(score[i] - log(-log(1 - rng_uniform(rng))));
+    for (size_t i = 0; i < n; i++) {
+        /* rng_uniform may return 0, for which the noise would be infinite */
+        double drawn = rng_uniform(rng);
+        while (drawn == 0)
+            drawn = rng_uniform(rng);
+        key[i] = (float)(score[i] - log(-log(1 - drawn)));
+    }
     return key;
 }
 
@@ -5813,7 +5818,7 @@ static void beam_finish(struct BeamSearch *search, const struct Sequence *beam, 
 /* beam_sort_out -- one of the step's 2K best continuations: does it end, or does it go on?
  * in   rank: 0 for the best. A continuation that ends counts only if it is among the best K. Why
  *      then look at 2K? Each beam can end in one way only, so at most K of them end, and at least
- *      K go on.
+ *      K go on (until there is room for one token only: then all of them end).
  * The score of one that ends is divided by length^length_penalty: each token lowers the sum, so
  * without it the shortest answer would win.
  * By hand: A C x: -0.9676 / 2^1 = -0.4838; A B x: -1.2040 / 2 = -0.6020.  test: beam_search_hand */
@@ -6070,6 +6075,16 @@ static struct Example *sequences_as_examples(struct Arena *arena, const struct S
     return examples;
 }
 
+/* An answer that is yet to be written: at most max_new tokens, and no more than the context has
+ * room for. One number from rng seeds random numbers of the answer's own, so that no answer depends
+ * on when the others end. */
+static struct Sequence answer_start(struct Arena *arena, const struct GPT2 *policy,
+                                    const struct Example *prompt, size_t max_new, struct Rng *rng) {
+    struct Rng own = rng_seed(rng_next(rng), STREAM_SAMPLE);
+    size_t room = policy->config.n_positions - prompt->n;
+    return sequence_start(arena, prompt->ids, prompt->n, MIN(max_new, room), policy, own);
+}
+
 /* sample_answers -- a policy's answers to n prompts, num_generations to each, side by side.
  * in, out  rng: each answer takes one number from it as the seed of its own random numbers, so the
  *          k-th answer does not change if others become longer
@@ -6084,15 +6099,9 @@ static struct Example *sample_answers(const struct GPT2 *policy, struct Arena *a
     /* 1. Each answer starts as its prompt. */
     size_t total = n * num_generations;
     struct Sequence *sequences = arena_alloc(arena, total, sizeof *sequences);
-    for (size_t i = 0; i < total; i++) {
-        const struct Example *prompt = &prompts[i / num_generations];
-        size_t room = policy->config.n_positions - prompt->n;
-        /* Room: what the prompt leaves of the context. The seed is drawn here, in order, whatever
-         * is drawn later while writing. */
-        struct Rng own = rng_seed(rng_next(rng), STREAM_SAMPLE);
-        size_t max_new = MIN(generation->max_new_tokens, room);
-        sequences[i] = sequence_start(arena, prompt->ids, prompt->n, max_new, policy, own);
-    }
+    for (size_t i = 0; i < total; i++)
+        sequences[i] = answer_start(arena, policy, &prompts[i / num_generations],
+                                    generation->max_new_tokens, rng);
 
     /* 2. The answers are written, all side by side. */
     generate(policy, sequences, total, generation);
@@ -6278,7 +6287,7 @@ static struct TrainingArguments training_arguments(void) {
 /* sqrt_fast -- the square root of x >= 0 without a division, so that the compiler turns a loop over
  * it into vector multiplications.
  *   y -> y (3 - x y^2) / 2      Newton's method for 1 / sqrt(x); each step doubles the right digits
- * Relative error below 2e-7; 0 gives 0.
+ * Relative error below 2e-7 (for x below 1e-38, a denormal, more); 0 gives 0.
  * By hand: x = 4: guess 0.4831, then 0.49915, 0.499998, 0.5; times x: 2.         test: sqrt_fast */
 static inline float sqrt_fast(float x) {
     /* 1. A guess at 1 / sqrt(x), 4 % off at most. A float's bits, read as an integer, are nearly
@@ -6296,7 +6305,7 @@ static inline float sqrt_fast(float x) {
 }
 
 /* Work is divided into pieces that do not depend on the number of threads: sums are then added in
- * the same order, and have the same bits, on any machine. */
+ * the same order, and have the same bits, on any number of threads. */
 enum { NORM_PIECES = 512, STEP_PIECE = 1 << 14 };
 
 /* The sum of squares over piece number `piece` of a gradient of n numbers. */
@@ -6835,7 +6844,8 @@ static void trainer_log(struct Trainer *trainer, double norm, double lr) {
 }
 
 /* The order of an epoch's n rows. It depends on the seed and the epoch alone: a resumed run
- * shuffles exactly as the interrupted one would have. */
+ * shuffles exactly as the interrupted one would have. (Epoch 1 of seed 42 has the order of epoch 0
+ * of seed 43; runs with different seeds differ in everything else.) */
 static size_t *epoch_order(const struct TrainingArguments *args, struct Arena *arena, size_t n,
                            size_t epoch, enum RngStream stream) {
     size_t *order = arena_order(arena, n);
@@ -7339,7 +7349,7 @@ static struct LanguageTask *sft_task(struct Trainer *trainer, struct Arena *aren
  *     ratings    8 and 3 out of 10                      compared within a batch: a pair
  *     labels     liked, disliked                        sentiment_loss on each reward
  *
- *     loss at the start    ln 2 = 0.693: a guess            accuracy 0.5
+ *     loss at the start    ln 2 = 0.693: a guess            accuracy 0.5 (0 if all rewards tie)
  *     trained              0.81 of held-out pairs ordered as people did
  *
  * A language model is the place to start: it already knows what the words mean, and has only to
@@ -7847,7 +7857,8 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
  * the heads learn.
  *
  * One number both ways. Chapter 4's " very" has dlogprob 0.3957 and now p = e^-1.10 = 0.3329. Let
- * the vocabulary be " very", with the vector (0, 0) in wte, and one other token, with (0.6952, 0);
+ * the vocabulary be " very", with the vector (0, 0) in wte, and one other token, with (0.6952, 0),
+ * where 0.6952 = ln(0.6671 / 0.3329);
  * let the model have no blocks and no layer norm, and let it have read the other token, with
  * (0.3048, 2) in wpe: hidden = (0.6952 + 0.3048, 0 + 2) = (1, 2). Each logit is hidden times a
  * vector of wte: 0 and 0.6952, so p = 0.3329 and 0.6671.
@@ -7858,12 +7869,17 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
  *   embedding    the other was read, so wte.d gets dx for it, too: in all
  *                (-0.2640 - 0.1835, -0.5280 + 0) = (-0.4475, -0.5280); wpe.d gets the same dx
  * A step down, against wte.d, lowers the logit of " very".                         test: wte_hand
+ * The value head joins at d hidden: its slope at " very", -0.0073, with the weights (0.5, 1) would
+ * add (-0.0036, -0.0073). So it reaches wte as the embedding alone.
+ * On a real model, in gdb: set environment ALIGN_KERNEL plain, break ppo_backward, run, then
+ * watch -l model->wte.d[0] and continue: it stops in the output layer's product first, and then in
+ * embedding_backward_strip.
  *
  * Which tokens' vectors in wte get a gradient? As the output layer, those of the whole vocabulary,
  * from each position that predicts a token of an answer (none from a clipped one, whose slope is
- * 0). As the embedding, those of the tokens that were read: the prompts' too, since the answers'
- * positions attended to them, but not at an answer's last position, which is predicted and never
- * read.
+ * 0; its value's slope may still come in as the embedding). As the embedding, those of the tokens
+ * that were read: the prompts' too, since the answers' positions attended to them, but not at an
+ * answer's last position, which is predicted and never read.
  *
  * The numbers of a step, for 128 answers of 20 tokens each: B = 128 scores, one per answer, become
  * R = 2560 rewards, advantages and returns, one per token. With four epochs of one mini-batch each,
@@ -7998,7 +8014,7 @@ struct StatsVector {
 
 /* Mean and variance of all scores ever seen, without keeping them. */
 struct RunningMoments {
-    double mean, var, std, count;
+    double mean, var, count;
 };
 
 /* running_moments_update -- one more batch of n scores, by Chan's rule for merging two sets.
@@ -8019,8 +8035,13 @@ static void running_moments_update(struct RunningMoments *m, const float *x, siz
         batch_var * (double)n + m->var * m->count + delta * delta * m->count * (double)n / total;
     m->mean += delta * (double)n / total;
     m->var = spread / total;
-    m->std = sqrt(m->var * total / (total - 1));
     m->count = total;
+}
+
+/* The standard deviation of what was seen, estimated without bias: infinite after a single number,
+ * as in TRL, so that its scaled score is 0. */
+static double running_moments_std(const struct RunningMoments *m) {
+    return sqrt(m->var * m->count / (m->count - 1));
 }
 
 /* PPO's own part of a trainer on rollouts.                      [glossary: Treinador PPO] */
@@ -8069,7 +8090,7 @@ static struct RolloutTrainer *rollout_trainer_new(struct GPT2 *model, struct GPT
         .ref_model = ref_model,
         .args = args,
         .temperature = temperature,
-        .moments = {0, 1, 1, 1e-24}, /* nothing seen yet; as in TRL, the count is not quite 0 */
+        .moments = {0, 1, 1e-24}, /* nothing seen yet; as in TRL, the count is not quite 0 */
     };
     /* memory for the policy's gradients and AdamW's moments; the reference needs neither */
     gpt2_make_trainable(model);
@@ -8132,22 +8153,6 @@ static const struct Example *rollout_prompt(struct RolloutSource *source) {
     return &source->prompts[source->order[source->at++]];
 }
 
-/* A response that is yet to be written: with random numbers of its own, so that it does not depend
- * on when the others end, and with a length limit drawn for it, as in the lab. With one limit for
- * all, the policy would learn to please at that length only. */
-static struct Sequence rollout_start(const struct RolloutTrainer *trainer,
-                                     struct RolloutSource *source, struct Arena *arena,
-                                     const struct Example *prompt) {
-    /* one number from the common stream seeds the answer's own generator */
-    struct Rng own = rng_seed(rng_next(&source->sample), STREAM_SAMPLE);
-    size_t drawn = length_sampler(&source->output_length, &source->lengths);
-
-    /* The context sets a limit, too. (One token more could be written, but the reward model could
-     * not read it: see sample_answers.) */
-    size_t max_new = MIN(drawn, trainer->model->config.n_positions - prompt->n);
-    return sequence_start(arena, prompt->ids, prompt->n, max_new, trainer->model, own);
-}
-
 /* collect_rollouts -- batch_size scored answers of the policy; num_generations of them, side by
  * side, answer the same prompt.                                        [glossary: Rollout]
  * out  rollouts (batch_size), in `arena` */
@@ -8163,7 +8168,10 @@ static void collect_rollouts(const struct RolloutTrainer *trainer, struct Rollou
         /* a new prompt, or the same one again: the rloo baseline compares answers to one prompt */
         if (i % trainer->num_generations == 0)
             prompt = rollout_prompt(source);
-        sequences[i] = rollout_start(trainer, source, arena, prompt);
+        /* A limit of its own, as in the lab: with one for all, the policy would learn to please at
+         * that length only. */
+        size_t max_new = length_sampler(&source->output_length, &source->lengths);
+        sequences[i] = answer_start(arena, trainer->model, prompt, max_new, &source->sample);
     }
     generate(trainer->model, sequences, n, &source->generation);
 
@@ -8453,7 +8461,7 @@ static void ppo_process_scores(struct RolloutTrainer *trainer, float *scores, si
     if (config->use_score_scaling) {
         running_moments_update(&trainer->moments, scores, n);
         /* torch's float epsilon: equal scores must not be divided by 0 */
-        double divisor = trainer->moments.std + 1.1920929e-07;
+        double divisor = running_moments_std(&trainer->moments) + 1.1920929e-07;
         double shift = config->use_score_norm ? trainer->moments.mean : 0;
         for (size_t i = 0; i < n; i++)
             scores[i] = (float)((scores[i] - shift) / divisor);
@@ -8593,7 +8601,8 @@ static void ppo_rewards(const struct RolloutTrainer *trainer, struct PPOBatch *p
  * numbers agree. TRL pads answers to one length. The rewards after a short answer's end are 0, and
  * whitening turns that 0 into another number. GAE, coming from the right, then passes `padding`
  * tokens with that reward before it reaches the answer: this is the advantage it brings along.
- * Without whiten_rewards the padding's reward is 0 and so is this.   test: ppo_advantages_golden */
+ * Without whiten_rewards, which is off by default, the padding's reward is 0, and so is this: a
+ * first reader can skip it.                                          test: ppo_advantages_golden */
 static double ppo_padding_advantage(const struct PPOConfig *config, double padding_reward,
                                     size_t padding) {
     double advantage = 0;
@@ -8724,8 +8733,7 @@ static void ppo_keep_ratios(struct RolloutTrainer *trainer, const struct PPOToke
     /* as in TRL's log: one list, with the tokens of all updates of the step in turn */
     for (size_t t = 0; t < tokens->R; t++) {
         trainer->ppo.advantages[trainer->ppo.updated] = tokens->advantages[t];
-        trainer->ppo.ratio[trainer->ppo.updated] =
-            expf(tokens->logprobs[t] - tokens->old_logprobs[t]);
+        trainer->ppo.ratio[trainer->ppo.updated] = (float)tokens->policy[t].ratio;
         trainer->ppo.updated++;
     }
 }
@@ -8776,9 +8784,10 @@ static void ppo_weigh(const struct RolloutTrainer *trainer, struct PPOTokens *to
     /* 1. Do these answers still say anything about this policy? */
     bool is_skipped = stats[POLICY_RATIO] > trainer->ppo.config.ratio_threshold;
     if (is_skipped) {
-        warn("ppo: step %zu: the mean probability ratio %.1f exceeds --ratio_threshold %.1f; this "
+        warn("%s: step %zu: the mean probability ratio %.1f exceeds --ratio_threshold %.1f; this "
              "mini-batch is skipped",
-             trainer->step, stats[POLICY_RATIO], trainer->ppo.config.ratio_threshold);
+             trainer->name, trainer->step + 1, stats[POLICY_RATIO],
+             trainer->ppo.config.ratio_threshold);
         stats[LOSS_POLICY] = 0;
         stats[LOSS_VALUE] = 0;
         stats[LOSS_TOTAL] = 0;
@@ -9100,7 +9109,7 @@ static void ppo_step(struct RolloutTrainer *trainer, const struct Rollout *rollo
 
 /* What a run on rollouts needs to go on as if it had never stopped, besides weights and optimizer:
  * beta, moments, counters, and its place among the prompts and in each stream of random numbers.
- * A checkpoint stores pointers into ppo and source, so neither may move until the run ends.
+ * A checkpoint stores pointers into trainer and source, so neither may move until the run ends.
  *                                                                       test: checkpoint_* */
 static void rollout_checkpoint(struct Checkpoint *checkpoint, struct RolloutTrainer *trainer,
                                struct RolloutSource *source) {
@@ -9799,8 +9808,7 @@ struct ExactFigures {
  * in   logps (n): log pi(y) of the policy
  * By hand: pi_ref = (1/2, 1/2), r = (0, 2), beta 0.5, pi = (1/4, 3/4): E[r] = 1.5,
  * KL = ln 2 - 0.5623 = 0.1308, J = 1.5 - 0.0654 = 1.4346. For any policy,
- * J + beta KL(pi || pi*) = beta log Z.                             test: exact_figures,
- * exact_optimum */
+ * J + beta KL(pi || pi*) = beta log Z.           test: exact_figures, exact_optimum_objective */
 static struct ExactFigures exact_figures(const struct ExactWorld *w, const double *logps) {
     struct ExactFigures f = {0};
     for (size_t i = 0; i < w->n; i++) {
@@ -9964,8 +9972,8 @@ static struct Rollout *exact_rollouts(const struct ExactWorld *w, const struct G
     sampling.top_k = 0;
     for (size_t i = 0; i < EXACT_BATCH; i++) {
         /* all from the one prompt, token 0; only the random numbers differ */
-        struct Rng own = rng_seed(rng_next(rng), STREAM_SAMPLE);
-        sequences[i] = sequence_start(arena, w->y[0].ids, 1, w->T, policy, own);
+        struct Example prompt = {w->y[0].ids, 1, 1};
+        sequences[i] = answer_start(arena, policy, &prompt, w->T, rng);
     }
     generate(policy, sequences, EXACT_BATCH, &sampling);
     for (size_t i = 0; i < EXACT_BATCH; i++) {
@@ -10554,7 +10562,7 @@ static void course_reward_model(struct Course *course) {
  * three streams of random numbers: another length changes no order. */
 static struct RolloutSource course_rollouts(struct Course *course) {
     size_t n = course->prompt_n;
-    /* Each answer has a limit of its own, 16 to 28 tokens (rollout_start says why). at = n, the end
+    /* Each answer has a limit of its own, 16 to 28 tokens: see collect_rollouts. at = n, the end
      * of a pass: drawing the first prompt starts a new, shuffled one. */
     return (struct RolloutSource){
         .prompts = course->prompts,
@@ -11500,15 +11508,15 @@ static void tokenizer_read_classes(struct Tokenizer *tok, struct Text *rest, str
     static const char what[] = "Unicode classes";
     tok->char_class = arena_zeros(arena, UNICODE_END, 1);
     /* all characters in none of the ranges are CLASS_OTHER, 0 */
-    for (int class = CLASS_LETTER; class <= CLASS_SPACE; class ++) {
+    for (int kind = CLASS_LETTER; kind <= CLASS_SPACE; kind++) {
         for (uint32_t n = tokenizer_u32(tok, rest, what), next = 0; n > 0; n--) {
             uint32_t first = tokenizer_u32(tok, rest, what);
             uint32_t last = tokenizer_u32(tok, rest, what);
-            /* ranges of one class that overlap or are out of order mean a damaged file */
+            /* ranges of one kind that overlap or are out of order mean a damaged file */
             CHECK(first >= next && first <= last && last < UNICODE_END,
                   "%s: a Unicode range from %u to %u, after one that ends before %u", tok->path,
                   first, last, next);
-            memset(tok->char_class + first, class, last - first + 1);
+            memset(tok->char_class + first, kind, last - first + 1);
             next = last + 1;
         }
     }
@@ -12347,7 +12355,8 @@ static void safetensors_convert(float *to, const unsigned char *from, size_t n, 
     }
 }
 
-/* "300, 12": a tensor's shape for a message. */
+/* "300, 12": a tensor's shape for a message. A vector's second size is 0, of which %.0zu prints
+ * nothing. */
 static const char *tensor_shape(char text[48], const struct Tensor *t) {
     snprintf(text, 48, "%zu%s%.0zu", t->shape[0], t->ndim == 2 ? ", " : "", t->shape[1]);
     return text;
@@ -12377,10 +12386,6 @@ static void safetensors_check_finite(const struct SafeTensors *st, const struct 
         return;
     const float *w = tensor->w + first;
     size_t bad = first_not_finite(w, n);
-    /* AdamW's mean of squared gradients may overflow to infinity: its step is then 0 */
-    bool is_moment = strncmp(tensor->name, "exp_avg", 7) == 0;
-    while (is_moment && bad < n && isinf(w[bad]))
-        bad += 1 + first_not_finite(w + bad + 1, n - bad - 1);
     CHECK(bad == n,
           "%s: tensor %s: number %zu is %g, a finite one was expected; "
           "take an earlier checkpoint or a fresh copy of the file",
@@ -12433,6 +12438,7 @@ static void safetensors_write_with(const char *folder, const char *name, struct 
     size_t offset = 0;
     for (size_t i = 0; i < count; i++) {
         struct Tensor *t = tensors[i];
+        /* %.0zu: see tensor_shape */
         size_t shorter = tensor_is_head(t) && *prefix ? strlen("transformer.") : 0;
         length += (size_t)fprintf(out.file,
                                   ",\"%.*s%s\":{\"dtype\":\"F32\",\"shape\":[%zu%s%.0zu],\"data_"
@@ -13733,10 +13739,8 @@ static void saved_restore(const struct Saved *s, const uint64_t *words, const ch
 /* Reads the step and the log so far. The rest of the file only repeats flags. */
 static void trainer_state_load(struct TrainerState *state, struct Arena *arena, const char *path) {
     struct Json *json = json_read_file(arena, path);
-    struct Json *epoch = json_get(json, "epoch");
     struct Json *log = json_get(json, "log_history");
-    CHECK(epoch && epoch->type == JSON_NUMBER && log && log->type == JSON_ARRAY,
-          "%s: lacks \"epoch\" or \"log_history\"", path);
+    CHECK(log && log->type == JSON_ARRAY, "%s: lacks \"log_history\"", path);
     state->global_step =
         json_size(json_get(json, "global_step"), SIZE_MAX / 2, path, "global_step");
     state->log_count = 0;
@@ -13819,8 +13823,7 @@ static void checkpoint_restore(struct Checkpoint *c, const struct Holding *held,
 /* How old a checkpoint is, by its own account: the number of its run in the folder, and its step.
  * Every run that begins there, anew or from a checkpoint, gets the next number, so the checkpoints
  * of a run that starts over are newer than those of an earlier run that got further. The files'
- * times do not count: files may have been copied or restored. Checkpoints of older versions have no
- * number: 0.
+ * times do not count: files may have been copied or restored. Without a number it counts as 0.
  *                                                                          test: checkpoint_age */
 struct CheckpointAge {
     size_t run, step;
@@ -14406,7 +14409,8 @@ static void course_write_summary(const struct Course *course, double seconds) {
 }
 
 /* Writes the rewards of the held-out reviews that are rated above 0 (liked) or below: a list in
- * report.json. */
+ * report.json. (prepare_imdb.py and docs/reviews.jsonl have ratings around 0. On a scale from 1 to
+ * 10 nothing is below 0, and the report shows one histogram.) */
 static void course_write_reviews(struct Course *course, FILE *f, const char *before, bool liked) {
     size_t count = 0;
     float *rewards = arena_floats(&course->arena, course->held_out_n);
@@ -16293,21 +16297,21 @@ static void command_report(struct Options *o) {
 
 static void command_exact(struct Options *o) {
     const struct GPT2Config *c = &o->config;
-    size_t L = o->generation.max_new_tokens;
-    double count = pow((double)c->vocab_size, (double)L);
+    size_t T = o->generation.max_new_tokens;
+    double count = pow((double)c->vocab_size, (double)T);
     /* All responses are enumerated, each as a row of a batch, so the world must be small. */
     CHECK(o->reinforce.beta >= 1e-3 && o->reinforce.beta <= 1e3,
           "--beta %g: must be above 0, 0.001 to 1000", o->reinforce.beta);
     CHECK(c->vocab_size >= 2 && c->vocab_size <= 16, "--vocab_size %zu: 2 to 16 tokens",
           c->vocab_size);
-    CHECK(L > 0 && count <= EXACT_RESPONSES,
+    CHECK(T > 0 && count <= EXACT_RESPONSES,
           "--max_new_tokens %zu: %zu tokens make %.6g responses of this length, 2 to %d can be "
           "enumerated; use a shorter one",
-          L, c->vocab_size, count, EXACT_RESPONSES);
+          T, c->vocab_size, count, EXACT_RESPONSES);
     CHECK(c->n_layer <= 100 && c->n_embd <= 4096 && c->n_embd % c->n_head == 0,
           "--n_embd %zu must be a multiple of --n_head %zu, at most 4096; --n_layer %zu: 1 to 100",
           c->n_embd, c->n_head, c->n_layer);
-    struct ExactWorld *w = exact_world(&o->arena, *c, L, o->train.seed);
+    struct ExactWorld *w = exact_world(&o->arena, *c, T, o->train.seed);
     o->reference = w->ref_model;
     exact_run(w, o->reinforce.beta);
     exact_print(w, o->json);
@@ -16621,8 +16625,7 @@ static void note_idle_flags(struct Options *o, const struct Command *command) {
     const char *fresh = "reward_model_path, dataset_name, top_k, top_p, input_min_text_length, "
                         "input_max_text_length, output_min_length, output_max_length";
     const char *answers = "ref_model, seed, max_samples, max_new_tokens, temperature, top_k, "
-                          "top_p, "
-                          "input_min_text_length, input_max_text_length";
+                          "top_p, input_min_text_length, input_max_text_length";
 
     /* 1. What is trained, and on what. */
     note_idle(o, !o->use_peft, "lora_r, lora_alpha, lora_dropout, lora_target_modules, use_rslora",

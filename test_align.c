@@ -457,7 +457,7 @@ static float *batch_logits(const struct GPT2 *model, const struct Batch *batch) 
     size_t V = model->config.vocab_size;
     struct Activations acts = gpt2_forward(model, &test_arena, batch, false);
     float *logits = arena_floats(&test_arena, batch->N * V);
-    matmul(matrix_out(logits, batch->N, V), matrix(acts.ln_f, batch->N, C),
+    matmul(matrix(logits, batch->N, V), matrix(acts.ln_f, batch->N, C),
            transposed(matrix(model->wte.w, V, C)));
     return logits;
 }
@@ -1366,14 +1366,14 @@ static void test_ppo_example(void) {
 
 /* 1, 2, 6, then 7: the comment's example; the count begins above 0, as TRL's. */
 static void test_running_moments(void) {
-    struct RunningMoments m = {0, 1, 1, 1e-24};
+    struct RunningMoments m = {0, 1, 1e-24};
     running_moments_update(&m, (float[]){1, 2, 6}, 3);
     expect_close("mean of three", m.mean, 3, 1e-9);
     expect_close("variance of three", m.var, 14.0 / 3, 1e-9);
     running_moments_update(&m, (float[]){7}, 1);
     expect_close("mean of four", m.mean, 4, 1e-9);
     expect_close("variance of four", m.var, 6.5, 1e-9);
-    expect_close("without bias", m.std, sqrt(26.0 / 3), 1e-9);
+    expect_close("without bias", running_moments_std(&m), sqrt(26.0 / 3), 1e-9);
 }
 
 /* kl_reward's and gae_step's cases by hand, and the answer of chapter 4's essay. */
@@ -1401,7 +1401,16 @@ static void test_gae_hand(void) {
     expect_close("lambda 0", gae_step(0.1, 0.5, 0.7, 9, 1, 0), 0.3, 1e-12);
     config.lam = 1;
     gae(&config, 3, rewards, values, 0, advantages, returns);
+    expect_floats("lambda 1", advantages, (double[]){0.38, 0.58, 0.68}, 3, 1e-6);
     expect_floats("lambda 1: returns", returns, (double[]){0.88, 0.98, 0.98}, 3, 1e-6);
+    config.lam = 0;
+    gae(&config, 3, rewards, values, 0, advantages, returns);
+    expect_floats("lambda 0", advantages, (double[]){-0.2, -0.1, 0.68}, 3, 1e-6);
+
+    /* without the penalty the score alone is left */
+    config.lam = 0.95;
+    gae(&config, 3, (float[]){0, 0, 1}, values, 0, advantages, returns);
+    expect_floats("without KL", advantages, (double[]){0.4368, 0.565, 0.7}, 3, 6e-5);
 }
 
 static double golden_new(int i) {
@@ -1617,6 +1626,18 @@ static void test_generate_processors_order(void) {
     float greedy[] = {1, 2, 4};
     process_logits(greedy, 3, &config, NULL, 0, 3, 2);
     expect_true("greedy ignores temperature", greedy[0] == 1 && greedy[2] == 4);
+}
+
+/* The table of chapter 6's essay: two tokens are left, and u = 0.8 draws the second one. */
+static void test_generate_example(void) {
+    struct GenerationConfig config = sampling(0.5, 3, 0.9);
+    config.repetition_penalty = 1.25;
+    float logits[] = {2, 1, 0, -2};
+    process_logits(logits, 4, &config, (int[]){0}, 1, 0, 4);
+    expect_floats("logits", logits, (double[]){3.2, 2}, 2, 1e-6);
+    expect_true("the others are cut", logits[2] == -INFINITY && logits[3] == -INFINITY);
+    softmax(logits, 4);
+    expect_floats("probabilities", logits, (double[]){0.769, 0.231, 0, 0}, 4, 5e-4);
 }
 
 /* What transformers keeps, and with what probabilities, by temperature .7, top_k 10, top_p .8
@@ -2168,7 +2189,7 @@ static void test_kernel_choose(void) {
 
 static void multiply_misfits(const void *columns) {
     float numbers[6] = {0};
-    matmul(matrix_out(numbers, 2, 1), matrix(numbers, 2, *(const size_t *)columns),
+    matmul(matrix(numbers, 2, 1), matrix(numbers, 2, *(const size_t *)columns),
            matrix(numbers, 2, 1));
 }
 
@@ -2178,7 +2199,7 @@ static void test_matmul(void) {
     float b[] = {5, 6};
     float bias[] = {3};
     float c[2] = {100, 200};
-    struct MatrixOut out = matrix_out(c, 2, 1);
+    struct Matrix out = matrix(c, 2, 1);
     matmul(out, matrix(a, 2, 2), matrix(b, 2, 1));
     expect_floats("[1 2; 3 4] [5; 6]", c, (double[]){17, 39}, 2, 0);
     matmul_add(out, transposed(matrix(a, 2, 2)), matrix(b, 2, 1));
@@ -2214,8 +2235,8 @@ static void compare_matmul(size_t M, size_t N, size_t K) {
     for (int form = 0; form < 4; form++) {
         struct Matrix left = form & 1 ? transposed(matrix(a, K, M)) : matrix(a, M, K);
         struct Matrix right = form & 2 ? transposed(matrix(b, N, K)) : matrix(b, K, N);
-        struct MatrixOut product = {got, M, N, c_row};
-        matmul_plain((struct MatrixOut){plain, M, N, c_row}, (struct Matrix){0}, left, right);
+        struct Matrix product = {got, M, N, c_row};
+        matmul_plain((struct Matrix){plain, M, N, c_row}, (struct Matrix){0}, left, right);
         for (int run = 0; widest_kernel && run < 3 * (int)(widest_kernel - KERNELS + 1); run++) {
             int from = run % 3;
             kernel = &KERNELS[run / 3];
@@ -2262,7 +2283,7 @@ static void test_matmul_plain(void) {
     float c[1];
     float a[] = {2};
     float b[] = {3};
-    matmul_bias(matrix_out(c, 1, 1), b, matrix(a, 1, 1), matrix(b, 1, 1));
+    matmul_bias(matrix(c, 1, 1), b, matrix(a, 1, 1), matrix(b, 1, 1));
     expect_close("without a kernel", c[0], 9, 0);
     kernel = widest_kernel;
 }
@@ -2278,7 +2299,7 @@ static void test_matmul_threads(void) {
     for (int threads = 1; threads <= 3; threads++) {
         c[threads] = arena_floats(&test_arena, M * N);
         use_threads(threads);
-        matmul(matrix_out(c[threads], M, N), matrix(a, M, K), matrix(b, K, N));
+        matmul(matrix(c[threads], M, N), matrix(a, M, K), matrix(b, K, N));
         expect_bits("product", c[threads], c[1], M * N);
     }
 }
@@ -2425,8 +2446,8 @@ static void test_few_rows(void) {
         struct Tensor w = tensor_of(weight, NULL, in, out);
         struct Tensor b = tensor_of(bias, NULL, out, 0);
         linear_forward(y, x, N, &w, &b);
-        matmul_plain(matrix_out(plain, N, out), (struct Matrix){bias, N, out, 0, 1},
-                     matrix(x, N, in), matrix(weight, in, out));
+        matmul_plain(matrix(plain, N, out), (struct Matrix){bias, N, out, 0, 1}, matrix(x, N, in),
+                     matrix(weight, in, out));
         expect_floats("rows times a matrix", y, widen(plain, N * out), N * out,
                       2e-6 + 4e-7 * (double)in);
         expect_true("nothing written behind", y[N * out] == 77);
@@ -2442,8 +2463,8 @@ static void test_few_rows_logits(void) {
         float *logits = arena_floats(&test_arena, rows[i] * 263);
         float *plain = arena_floats(&test_arena, rows[i] * 263);
         output_logits(model, logits, hidden, rows[i]);
-        matmul_plain(matrix_out(plain, rows[i], 263), (struct Matrix){0},
-                     matrix(hidden, rows[i], 36), transposed(matrix(model->wte.w, 263, 36)));
+        matmul_plain(matrix(plain, rows[i], 263), (struct Matrix){0}, matrix(hidden, rows[i], 36),
+                     transposed(matrix(model->wte.w, 263, 36)));
         expect_floats("logits", logits, widen(plain, rows[i] * 263), rows[i] * 263, 2e-5);
         decode_logits(model, logits, hidden, rows[i]);
         expect_floats("logits while a text is written", logits, widen(plain, rows[i] * 263),
@@ -2473,7 +2494,7 @@ static void expect_company(size_t in, size_t out) {
     float *some = arena_floats(&test_arena, ROWS * out);
     struct Tensor w = tensor_of(weight, NULL, in, out);
     struct Tensor b = tensor_of(bias, NULL, out, 0);
-    matmul_bias(matrix_out(all, ROWS, out), bias, matrix(x, ROWS, in), matrix(weight, in, out));
+    matmul_bias(matrix(all, ROWS, out), bias, matrix(x, ROWS, in), matrix(weight, in, out));
     for (size_t n = 1; n < ROWS; n += n < FEW_ROWS + 2 ? 1 : 5) {
         linear_forward(some, x, n, &w, &b);
         expect_bits("the first rows", some, all, n * out);
@@ -4640,7 +4661,7 @@ static void test_ppo_scores_golden(void) {
          {0.277777791, 3.71450639, 2.04421616, 9}},
     };
     for (int norm = 0; norm < 2; norm++) {
-        struct RolloutTrainer ppo = {.ppo.config = ppo_config(), .moments = {0, 1, 1, 1e-24}};
+        struct RolloutTrainer ppo = {.ppo.config = ppo_config(), .moments = {0, 1, 1e-24}};
         ppo.ppo.config.use_score_scaling = true;
         ppo.ppo.config.use_score_norm = norm;
         for (size_t b = 0; b < COUNT(batches); b++) {
@@ -4650,8 +4671,8 @@ static void test_ppo_scores_golden(void) {
             expect_floats("scores", scores, norm ? batches[b].normed : batches[b].scaled,
                           batches[b].n, 2e-6);
             expect_doubles("mean, var, std, count",
-                           (double[]){ppo.moments.mean, ppo.moments.var, ppo.moments.std,
-                                      ppo.moments.count},
+                           (double[]){ppo.moments.mean, ppo.moments.var,
+                                      running_moments_std(&ppo.moments), ppo.moments.count},
                            batches[b].moments, 4, 2e-6);
         }
     }
@@ -7648,7 +7669,7 @@ static void test_checkpoint_errors(void) {
         {"trainer_state.json", "\"log_history\": [", "\"log_history\": [3, ",
          "\"log_history\": entry 1 is no object"},
         {"optimizer.safetensors", NULL, "", "optimizer.safetensors: tensor "},
-        {"trainer_state.json", "\"log_history\"", "\"log\"", "lacks \"epoch\" or \"log_history\""},
+        {"trainer_state.json", "\"log_history\"", "\"log\"", "lacks \"log_history\""},
         {"trainer_state.json", "\"global_step\": 4", "\"global_step\": -4",
          "\"global_step\" must be a whole number"},
         {"optimizer.safetensors", "exp_avg_sq.wte", "exp_avg_sq.wtx",
@@ -8966,6 +8987,7 @@ static const struct {
     {"generate_processors_top_k", test_generate_processors_top_k},
     {"generate_processors_top_p", test_generate_processors_top_p},
     {"generate_processors_order", test_generate_processors_order},
+    {"generate_example", test_generate_example},
     {"generate_filters_golden", test_generate_filters_golden},
     {"generate_distribution", test_generate_distribution},
     {"tokenizer_words", test_tokenizer_words},
