@@ -2235,8 +2235,8 @@ static void compare_matmul(size_t M, size_t N, size_t K) {
     for (int form = 0; form < 4; form++) {
         struct Matrix left = form & 1 ? transposed(matrix(a, K, M)) : matrix(a, M, K);
         struct Matrix right = form & 2 ? transposed(matrix(b, N, K)) : matrix(b, K, N);
-        struct Matrix product = {got, M, N, c_row};
-        matmul_plain((struct Matrix){plain, M, N, c_row}, (struct Matrix){0}, left, right);
+        struct Matrix product = {got, M, N, c_row, 1};
+        matmul_plain((struct Matrix){plain, M, N, c_row, 1}, (struct Matrix){0}, left, right);
         for (int run = 0; widest_kernel && run < 3 * (int)(widest_kernel - KERNELS + 1); run++) {
             int from = run % 3;
             kernel = &KERNELS[run / 3];
