@@ -2270,19 +2270,11 @@ static void pieces_merge(struct WordPieces *word, int32_t left, int id) {
     pieces_offer(word, left);
 }
 
-/* tokenizer_encode_word -- byte-pair encoding of one word [11].
- * in   bytes (n); word: with room for n pieces and 3n heap entries
- * out  ids: room for n; returns how many there are
- * By hand: " lovely": " l" (300), "ve" (303), "ly" (306), "ove" (659), " love" (1842), at last
- * " lovely" (14081). With V = 1025 it stops at 300 659 306, since 1842 is outside.
- * docs/debugging.md has a tour through it.
- *            test: tokenizer_cases, tokenizer_small, tokenizer_plain; gdb: break pieces_merge */
-static size_t tokenizer_encode_word(struct WordPieces *word, const unsigned char *bytes, size_t n,
-                                    int *ids) {
-    /* 1. One piece for each byte, and every pair of neighbours that can merge. */
-    struct Piece *piece = word->piece;
+/* Step 1 of tokenizer_encode_word: one piece for each of n bytes, and in the heap every pair of
+ * neighbours that can merge. */
+static void pieces_start(struct WordPieces *word, const unsigned char *bytes, size_t n) {
     for (size_t i = 0; i < n; i++)
-        piece[i] = (struct Piece){
+        word->piece[i] = (struct Piece){
             .id = word->tok->byte_token[bytes[i]],
             .prev = (int32_t)i - 1,
             .next = i + 1 < n ? (int32_t)i + 1 : -1,
@@ -2290,6 +2282,28 @@ static size_t tokenizer_encode_word(struct WordPieces *word, const unsigned char
     word->heap_size = 0;
     for (size_t i = 0; i + 1 < n; i++)
         pieces_offer(word, (int32_t)i);
+}
+
+/* The ids of the pieces that are left, from left to right; returns how many there are. The first is
+ * always piece 0, since a piece only ever merges into its left neighbour. */
+static size_t pieces_ids(const struct WordPieces *word, int *ids) {
+    size_t count = 0;
+    for (int32_t i = 0; i >= 0; i = word->piece[i].next)
+        ids[count++] = word->piece[i].id;
+    return count;
+}
+
+/* tokenizer_encode_word -- byte-pair encoding of one word [11].
+ * in   bytes (n); word: with room for n pieces and 3n heap entries
+ * out  ids: room for n; returns how many there are
+ * By hand: " lovely": " l" (300), "ve" (303), "ly" (306), "ove" (659), " love" (1842), at last
+ * " lovely" (14081). With V = 1025 it stops at 300 659 306, since 1842 is outside.
+ * docs/debugging.md has a tour through it; `align explain bpe` prints each merge.
+ *            test: tokenizer_cases, tokenizer_small, tokenizer_plain; gdb: break pieces_merge */
+static size_t tokenizer_encode_word(struct WordPieces *word, const unsigned char *bytes, size_t n,
+                                    int *ids) {
+    /* 1. One piece for each byte, and every pair of neighbours that can merge. */
+    pieces_start(word, bytes, n);
 
     /* 2. The merge that was learnt first, again and again, until none is left: in this order the
      *    vocabulary was learnt, so in this order its tokens are found. */
@@ -2298,12 +2312,8 @@ static size_t tokenizer_encode_word(struct WordPieces *word, const unsigned char
         pieces_merge(word, (int32_t)(entry & 0xffffffff), (int)(entry >> 32));
     }
 
-    /* 3. What remains in the list are the tokens. The first is always piece 0, since a piece only
-     *    ever merges into its left neighbour. */
-    size_t count = 0;
-    for (int32_t i = 0; i >= 0; i = piece[i].next)
-        ids[count++] = piece[i].id;
-    return count;
+    /* 3. What remains in the list are the tokens. */
+    return pieces_ids(word, ids);
 }
 
 /* tokenizer_encode -- text to ids.                [glossary: Tokenização de conjunto de dados]
