@@ -10654,6 +10654,940 @@ static void course_run(struct Course *course, const struct Dataset *data,
 }
 
 /* =============================================================================================
+ * Chapter 21 - One example, number by number
+ *
+ * `align explain TOPIC` does a piece of the course with numbers small enough for a pocket
+ * calculator. The functions of the other chapters do the arithmetic; here it is only printed.
+ * ============================================================================================= */
+
+static void json_write_string(FILE *file, const char *before, struct Text text);
+static void json_write_ids(FILE *file, const char *before, const int *ids, size_t n);
+static void json_write_floats(FILE *file, const char *before, const float *x, size_t n);
+
+/* How a topic is to be told, and of what. */
+struct Explain {
+    struct Arena *arena;
+    const struct Tokenizer *tok;
+    const struct GPT2 *model; /* --model_name_or_path, or NULL */
+    struct Text prompt;
+    bool json, pt;
+    bool begun; /* a number has been printed */
+};
+
+/* A paragraph in lines of 80 columns: text[0] is in English, text[1] in Portuguese. */
+static void tell(struct Explain *x, const char *const text[2]) {
+    size_t column = 0;
+    if (x->json)
+        return;
+    /* a blank line between a table and what comes after it */
+    if (x->begun)
+        putchar('\n');
+    x->begun = false;
+    for (const char *at = text[x->pt]; *at;) {
+        /* 1. A word; a token such as " is" goes on after the space it begins with. */
+        size_t n = strcspn(at, " ");
+        if (n > 0 && at[n - 1] == '"' && (n == 1 || at[n - 2] == '[') && at[n])
+            n += 1 + strcspn(at + n + 1, " ");
+        size_t width = 0;
+        for (size_t i = 0; i < n; i++)
+            width += (at[i] & 0xc0) != 0x80;
+
+        /* 2. On this line, or on the next. */
+        if (column > 0 && column + 1 + width > 80) {
+            putchar('\n');
+            column = 0;
+        }
+        printf("%s%.*s", column ? " " : "", (int)n, at);
+        column += width + (column > 0);
+        at += n + (at[n] == ' ');
+    }
+    puts("\n");
+}
+
+/* A line of numbers. */
+static void PRINTF_LIKE(2, 3) line(struct Explain *x, const char *format, ...) {
+    if (x->json)
+        return;
+    x->begun = true;
+    va_list arguments;
+    va_start(arguments, format);
+    vprintf(format, arguments);
+    va_end(arguments);
+    putchar('\n');
+}
+
+/* What stands in front of the next value of the JSON object. */
+static const char *next_key(struct Explain *x, const char *key) {
+    const char *before = arena_printf(x->arena, "%s\"%s\": ", x->begun ? ", " : "{", key);
+    x->begun = true;
+    return before;
+}
+
+/* ---- Topics that only print ----------------------------------------------------------------- */
+
+/* A token in quotes, as the label of a row or column: cut and padded to `width` columns. */
+static const char *token_label(struct Explain *x, struct Text token, size_t width) {
+    char *shown = (char *)text_shown(x->arena, token, "").data;
+    const char *label = arena_printf(x->arena, "\"%s\"", cut_text(shown, width - 2));
+    size_t columns = 0;
+    /* UTF-8's continuation bytes, 10xxxxxx, take no column of their own */
+    for (const char *at = label; *at; at++)
+        columns += (*at & 0xc0) != 0x80;
+    return arena_printf(x->arena, "%s%*s", label, (int)(width - MIN(width, columns)), "");
+}
+
+/* Numbers under a name, with --json only: the text shows them in a form of its own. */
+static void put_floats(struct Explain *x, const char *key, const float *values, size_t n) {
+    if (x->json)
+        json_write_floats(stdout, next_key(x, key), values, n);
+}
+
+/* Numbers under a name, as a row of a table or as JSON. */
+static void tell_row(struct Explain *x, const char *key, const char *label, const float *values,
+                     size_t n) {
+    put_floats(x, key, values, n);
+    if (x->json)
+        return;
+    x->begun = true;
+    printf("  %-10s", label);
+    for (size_t i = 0; i < n; i++)
+        printf(" %8.4f", values[i]);
+    putchar('\n');
+}
+
+/* ---- bpe ------------------------------------------------------------------------------------ */
+
+static const char *const BPE_TEXT[][2] = {
+    {"Byte-pair encoding. A word starts as its bytes, each a token of its own. Of all "
+     "neighbours that form a token of the vocabulary together, those merge first whose token "
+     "was learnt first: the lowest rank. So the same word always ends as the same tokens. "
+     "(tokenizer_encode_word)",
+     "Byte-pair encoding. Uma palavra começa como seus bytes, cada um um token. De todos os "
+     "vizinhos que juntos formam um token do vocabulário, juntam-se primeiro aqueles cujo "
+     "token foi aprendido primeiro: o menor rank. Assim a mesma palavra sempre termina nos "
+     "mesmos tokens. (tokenizer_encode_word)"},
+};
+
+enum { BPE_BYTES = 12 }; /* of a word whose pieces fit in a line */
+
+/* The longest word of a text, of BPE_BYTES or less. */
+static struct Text bpe_word(const struct Tokenizer *tok, struct Text text) {
+    struct Text longest = {0};
+    for (size_t i = 0, end; i < text.length; i = end) {
+        end = tokenizer_word_end(tok, (const unsigned char *)text.data, i, text.length);
+        if (end - i > longest.length && end - i <= BPE_BYTES)
+            longest = (struct Text){text.data + i, end - i};
+    }
+    CHECK(longest.length > 0, "--prompt: a word of 1 to %d bytes was expected", BPE_BYTES);
+    return longest;
+}
+
+/* The word's pieces as they are now, each in quotes. */
+static void tell_pieces(struct Explain *x, const struct WordPieces *word, const char *before) {
+    if (x->json)
+        return;
+    printf("  %s", before);
+    for (int32_t i = 0; i >= 0; i = word->piece[i].next)
+        json_write_string(stdout, " ", word->tok->token[word->piece[i].id]);
+    putchar('\n');
+}
+
+/* explain bpe -- one word from bytes to tokens: tokenizer_encode_word, a line for each merge. */
+static void explain_bpe(struct Explain *x) {
+    const struct Tokenizer *tok = x->tok;
+    struct Text text = bpe_word(tok, x->prompt);
+    struct Piece piece[BPE_BYTES];
+    uint64_t heap[3 * BPE_BYTES];
+    size_t V = x->model ? x->model->config.vocab_size : tok->vocab_size;
+    struct WordPieces word = {tok, endoftext_id(V), piece, heap, 0};
+    int ids[BPE_BYTES];
+    int merges[BPE_BYTES];
+    size_t merge_count = 0;
+
+    /* 1. The bytes. */
+    tell(x, BPE_TEXT[0]);
+    pieces_start(&word, (const unsigned char *)text.data, text.length);
+    tell_pieces(x, &word, "bytes                      ");
+
+    /* 2. Merge after merge. A stale entry of the heap leaves the word as it is. */
+    size_t count = text.length;
+    while (word.heap_size > 0) {
+        uint64_t entry = heap_pop(&word);
+        int id = (int)(entry >> 32);
+        pieces_merge(&word, (int32_t)(entry & 0xffffffff), id);
+        if (pieces_ids(&word, ids) == count)
+            continue;
+        count = pieces_ids(&word, ids);
+        merges[merge_count++] = id;
+        /* the ids below 256 are bytes, the others are in the order in which they were learnt */
+        tell_pieces(x, &word, arena_printf(x->arena, "rank %5d -> token %5d ", id - 256, id));
+    }
+
+    /* 3. What is left. */
+    const char *list = "";
+    for (size_t i = 0; i < pieces_ids(&word, ids); i++)
+        list = arena_printf(x->arena, "%s %d", list, ids[i]);
+    line(x, "  ids:%s", list);
+    if (!x->json)
+        return;
+    json_write_string(stdout, next_key(x, "word"), text);
+    json_write_ids(stdout, next_key(x, "merges"), merges, merge_count);
+    json_write_ids(stdout, next_key(x, "ids"), ids, count);
+}
+
+/* ---- omega ---------------------------------------------------------------------------------- */
+
+static const char *const OMEGA_TEXT[][2] = {
+    {"Omega is the log-probability of a whole answer. An answer is a chain of choices: its "
+     "probability is the product of its tokens', each given all tokens before it. The "
+     "logarithm turns the product into a sum.",
+     "Ômega é a log-probabilidade de uma resposta inteira. Uma resposta é uma cadeia de "
+     "escolhas: sua probabilidade é o produto das de seus tokens, cada uma dados todos os "
+     "tokens anteriores. O logaritmo transforma o produto em soma."},
+    {"A policy gives every possible answer such a probability; over all answers they sum to "
+     "1. Here are all 16 answers of two tokens, were there only four tokens: a row for each "
+     "first token, a column for each second one. A row sums to its first token's own "
+     "probability: what follows only divides it up.",
+     "Uma política dá a cada resposta possível uma probabilidade assim; sobre todas as "
+     "respostas elas somam 1. Aqui estão as 16 respostas de dois tokens, se houvesse só "
+     "quatro tokens: uma linha para cada primeiro token, uma coluna para cada segundo. Uma "
+     "linha soma a probabilidade do próprio primeiro token: o que vem depois só a reparte."},
+};
+
+/* One answer: its tokens' log-probabilities, and their sum. */
+static void tell_omega(struct Explain *x, const char *key, const char *const tokens[4],
+                       const float logprobs[4]) {
+    double sum = sequence_logprob(logprobs, 4);
+    line(x, "  %-10s %8s %8s", key, "log p", "p");
+    for (size_t t = 0; t < 4; t++)
+        line(x, "  %s %8.2f %8.4f", token_label(x, text_of(tokens[t]), 10), logprobs[t],
+             exp(logprobs[t]));
+    line(x, "  omega      %8.2f %8.4f = e^%.2f   sequence_logprob\n", sum, exp(sum), sum);
+    put_floats(x, arena_printf(x->arena, "%s_logprobs", key), logprobs, 4);
+    put_floats(x, arena_printf(x->arena, "%s_logp", key), (float[]){(float)sum}, 1);
+}
+
+/* explain omega -- the log-probability of a whole answer, and of all answers of two tokens. */
+static void explain_omega(struct Explain *x) {
+    static const char *const chosen[] = {" a", " lot", " of", " fun"};
+    static const char *const rejected[] = {" far", " too", " long", "."};
+    static const char *const vocabulary[] = {" a", " far", " not", " so"};
+    static const float first[] = {2, 1, 1.5f, 0.5f}; /* logits after the prompt */
+    static const float second[][4] = /* logits after each of the four tokens */
+        {{0, 1, 0.5f, 1.5f}, {1, 0, 0.5f, 0.5f}, {1.5f, 1, -1, 1}, {0.5f, 1.5f, 1, 0}};
+    float scratch[4];
+    float first_lse = log_sum_exp(first, 4, scratch);
+    float total = 0;
+
+    /* 1. One answer: a chain of choices. */
+    tell(x, OMEGA_TEXT[0]);
+    tell_omega(x, "chosen", chosen, (float[]){-0.79f, -1.80f, -0.05f, -0.70f});
+    tell_omega(x, "rejected", rejected, (float[]){-1.79f, -0.60f, -0.80f, -0.50f});
+
+    /* 2. All answers. */
+    tell(x, OMEGA_TEXT[1]);
+    line(x, "  %-10s %8s %8s %8s %8s %8s", "", "\" a\"", "\" far\"", "\" not\"", "\" so\"", "sum");
+    for (size_t i = 0; i < 4; i++) {
+        float p[5];
+        float lse = log_sum_exp(second[i], 4, scratch);
+        for (size_t j = 0; j < 4; j++) {
+            /* an answer's omega: the first token's log-probability, and the second's given it */
+            float choices[] = {first[i] - first_lse, second[i][j] - lse};
+            p[j] = (float)exp(sequence_logprob(choices, 2));
+        }
+        p[4] = row_sum(p, 4);
+        total += p[4];
+        tell_row(x, arena_printf(x->arena, "after_%zu", i),
+                 token_label(x, text_of(vocabulary[i]), 10), p, 5);
+    }
+    line(x, "  %-46s %8.4f", "sum", total);
+    put_floats(x, "sum", &total, 1);
+
+    /* 3. One of them by hand. */
+    float a = first[0] - first_lse;
+    float far = second[0][1] - log_sum_exp(second[0], 4, scratch);
+    line(x,
+         "  log pi(\" a far\") = log pi(\" a\") + log pi(\" far\" | \" a\")\n"
+         "                   = %.4f + %.4f = %.4f,  e^%.4f = %.4f",
+         a, far, a + far, a + far, exp(a + far));
+}
+
+/* ---- attention ------------------------------------------------------------------------------ */
+
+static const char *const ATTENTION_TEXT[][2] = {
+    {"Attention is how a token learns of the tokens before it. Each has a query q, what it "
+     "looks for; a key k, what it is found by; and a value v, what it hands over. Where q "
+     "and k point the same way, much of v is taken. Rows ask, columns are asked.",
+     "Atenção é como um token fica sabendo dos tokens anteriores. Cada um tem uma query q, o "
+     "que procura; uma key k, pela qual é encontrado; e um value v, o que entrega. Onde q e "
+     "k apontam na mesma direção, toma-se muito de v. Linhas perguntam, colunas respondem."},
+    {"1. q . k: does a token find what it looks for? (attention_scores)", "1. q . k: um token "
+                                                                          "encontra o que procura? "
+                                                                          "(attention_scores)"},
+    {"2. Divided by sqrt(HS), the root of a vector's length, so that scores stay near 1; and "
+     "masked: a token sees itself and what came before, never the future.",
+     "2. Dividido por sqrt(HS), a raiz do comprimento de um vetor, para que os valores fiquem "
+     "perto de 1; e mascarado: um token vê a si mesmo e o que veio antes, nunca o futuro."},
+    {"3. softmax of each row: shares that sum to 1. (attention_softmax)", "3. softmax de cada "
+                                                                          "linha: partes que somam "
+                                                                          "1. (attention_softmax)"},
+    {"4. out: the values v, mixed in these shares. (attention_forward)", "4. out: os valores v, "
+                                                                         "misturados nessas "
+                                                                         "partes. "
+                                                                         "(attention_forward)"},
+};
+
+enum { ATTENTION_SHOWN = 6 }; /* tokens of a model's prompt: as many columns fit */
+
+/* What head 0 reads: the example's numbers, or a model's. */
+struct AttentionExample {
+    struct Batch batch;
+    struct AttentionShape shape;
+    const float *qkv; /* (N,3C) */
+    const struct Text *tokens; /* (N) */
+};
+
+static struct AttentionExample attention_builtin(struct Explain *x) {
+    static const struct Text tokens[] = {{"The", 3}, {" film", 5}, {" is", 3}};
+    /* a row for each token: query, key, value, two numbers each. " is" looks for its subject: its
+     * query points where the key of " film" does. */
+    static const float qkv[] = {1, 1, 0, 1, 0, 1, 1, 0, 2, 0, 2, 0, 2, 0, 1, 1, 1, 1};
+    struct Example text = {(int[]){0, 1, 2}, 3, 0};
+    return (struct AttentionExample){
+        .batch = collate(x->arena, &text, 1, READ_LAST),
+        .shape = attention_shape(2, 1),
+        .qkv = qkv,
+        .tokens = tokens,
+    };
+}
+
+/* Layer 0 of --model_name_or_path, reading the first tokens of --prompt. Later ones would change
+ * nothing: nobody sees the future. */
+static struct AttentionExample attention_of_model(struct Explain *x) {
+    /* 1. The prompt's first tokens, and their texts. */
+    const struct GPT2 *model = x->model;
+    struct Example text =
+        example_encode(x->arena, x->tok, x->prompt, model->config.vocab_size, NULL);
+    CHECK(text.n > 0, "--prompt: one token or more was expected");
+    text.n = MIN(text.n, (size_t)ATTENTION_SHOWN);
+    struct Text *tokens = arena_alloc(x->arena, text.n, sizeof *tokens);
+    for (size_t t = 0; t < text.n; t++)
+        tokens[t] = tokenizer_decode(x->tok, text.ids[t], model->config.vocab_size);
+
+    /* 2. What block 0 made of them on its way; `true` keeps it. */
+    struct Batch batch = collate(x->arena, &text, 1, READ_LAST);
+    return (struct AttentionExample){
+        .batch = batch,
+        .shape = attention_shape(model->config.n_embd, model->config.n_head),
+        .qkv = gpt2_forward(model, x->arena, &batch, true).h[0].qkv,
+        .tokens = tokens,
+    };
+}
+
+/* The head's query, key and value of each token; of a longer vector the first two numbers. */
+static void tell_qkv(struct Explain *x, const struct AttentionExample *a) {
+    size_t C = a->shape.C;
+    size_t last = a->shape.HS > 1;
+    line(x, "  %-10s %17s %17s %17s", "", "q", "k", "v");
+    for (size_t t = 0; t < a->batch.N; t++) {
+        const float *q = a->qkv + t * 3 * C;
+        const float *k = q + C;
+        const float *v = k + C;
+        tell_row(x, arena_printf(x->arena, "qkv_%zu", t), token_label(x, a->tokens[t], 10),
+                 (float[]){q[0], q[last], k[0], k[last], v[0], v[last]}, 6);
+    }
+}
+
+/* A matrix (T,T), a row for each query. seen: how many columns beyond its own a row has, 0 where
+ * the future is masked. */
+static void tell_square(struct Explain *x, const char *key, const struct AttentionExample *a,
+                        const float *p, size_t seen) {
+    size_t T = a->batch.N;
+    const char *head = "";
+    for (size_t j = 0; j < T; j++)
+        head = arena_printf(x->arena, "%s %s", head, token_label(x, a->tokens[j], 8));
+    line(x, "  %-10s%s", "", head);
+    for (size_t t = 0; t < T; t++)
+        tell_row(x, arena_printf(x->arena, "%s_%zu", key, t), token_label(x, a->tokens[t], 10),
+                 p + t * T, MIN(T, t + 1 + seen));
+}
+
+/* explain attention -- the four passes of attention_forward_head, one head of a few tokens. */
+static void explain_attention(struct Explain *x) {
+    struct AttentionExample a = x->model ? attention_of_model(x) : attention_builtin(x);
+    size_t T = a.batch.N;
+    size_t C = a.shape.C;
+    struct AttentionHead head = attention_head(a.qkv, &a.batch, a.shape, 0);
+    float *p = arena_floats(x->arena, T * T);
+    float *out = arena_floats(x->arena, T * C);
+    float *lse = arena_floats(x->arena, T * a.shape.NH);
+    tell(x, ATTENTION_TEXT[0]);
+    tell_qkv(x, &a);
+
+    /* 1. With a scale of 1, attention_scores gives the plain products. */
+    head.scale = 1;
+    attention_scores(p, &head, 0, T);
+    tell(x, ATTENTION_TEXT[1]);
+    tell_square(x, "qk", &a, p, T);
+
+    /* 2. The head's own scale; the mask is where pass 3 stops. */
+    head.scale = a.shape.scale;
+    attention_scores(p, &head, 0, T);
+    tell(x, ATTENTION_TEXT[2]);
+    tell_square(x, "scores", &a, p, 0);
+
+    /* 3. Row by row. */
+    for (size_t t = 0; t < T; t++)
+        attention_softmax(p + t * T, t, T);
+    tell(x, ATTENTION_TEXT[3]);
+    tell_square(x, "p", &a, p, 0);
+
+    /* 4. attention_forward does all four at once. */
+    attention_forward(out, lse, a.qkv, &a.batch, a.shape);
+    tell(x, ATTENTION_TEXT[4]);
+    for (size_t t = 0; t < T; t++)
+        tell_row(x, arena_printf(x->arena, "out_%zu", t), token_label(x, a.tokens[t], 10),
+                 out + t * C, MIN(a.shape.HS, (size_t)2));
+
+    /* 5. The last token's mixture by hand. */
+    const char *sum = "";
+    for (size_t j = 0; j < T; j++)
+        sum = arena_printf(x->arena, "%s%s%.4f * %.4f", sum, j ? j % 4 ? " + " : "\n     + " : "",
+                           p[(T - 1) * T + j], a.qkv[j * 3 * C + 2 * C]);
+    line(x, "\n  %s out_0 = sum_j p_j v_j\n     = %s = %.4f", token_label(x, a.tokens[T - 1], 10),
+         sum, out[(T - 1) * C]);
+}
+
+/* ---- lora ----------------------------------------------------------------------------------- */
+
+static const char *const LORA_TEXT[][2] = {
+    {"LoRA leaves the matrix W frozen and learns a thin correction beside it, y = x W + u B^T "
+     "with u = scale x A^T, scale = lora_alpha / r (vectors are rows). Here W is 3 x 3, r 1, "
+     "lora_alpha 2: 6 numbers learn instead of 9; in GPT-2, one in two hundred. B starts at "
+     "0: the model is its base to the last bit.",
+     "LoRA deixa a matriz W congelada e aprende uma correção fina ao lado dela, y = x W + "
+     "u B^T com u = scale x A^T, scale = lora_alpha / r (vetores são linhas). Aqui W é 3 x 3, "
+     "r 1, lora_alpha 2: 6 números aprendem em vez de 9; no GPT-2, um em duzentos. B começa "
+     "em 0: o modelo é igual à sua base até o último bit."},
+    {"Let dy be the loss's slope by y. B gets a gradient at once, dB = dy^T u; A none yet, "
+     "since dA = scale (dy B)^T x and B is 0. After a step with lr 0.1, B has moved, and y "
+     "with it, against dy. (lora_backward, sgd_piece)",
+     "Seja dy a inclinação da perda por y. B recebe um gradiente logo, dB = dy^T u; A ainda "
+     "não, pois dA = scale (dy B)^T x e B é 0. Depois de um passo com lr 0.1, B se moveu, e y "
+     "com ele, contra dy. (lora_backward, sgd_piece)"},
+    {"Now that B is not 0, A has a gradient, too. At the end align merge makes one matrix of "
+     "all, W + scale A^T B^T: each row of what was added is a multiple of B. That is what "
+     "rank 1 means. (lora_merge)",
+     "Agora que B não é 0, A também tem gradiente. No fim, align merge faz de tudo uma só "
+     "matriz, W + scale A^T B^T: cada linha do que foi somado é um múltiplo de B. É isso que "
+     "posto (rank) 1 quer dizer. (lora_merge)"},
+};
+
+/* A matrix, a row a line. */
+static void tell_matrix(struct Explain *x, const char *key, const struct Tensor *t) {
+    size_t columns = t->shape[1];
+    for (size_t i = 0; i < t->shape[0]; i++)
+        tell_row(x, arena_printf(x->arena, "%s_%zu", key, i), i ? "" : key, t->w + i * columns,
+                 columns);
+}
+
+/* y = x W + u B^T by the layer's two functions, and how its number 0 comes about. */
+static void tell_lora_forward(struct Explain *x, const char *key, const struct Linear *layer,
+                              const float *input, float *y) {
+    /* with rank 1, u is a single number */
+    size_t N = layer->weight.shape[0];
+    double u = layer->lora_scale * row_dot(input, layer->lora_A.w, N);
+    linear_forward(y, input, 1, &layer->weight, &layer->bias);
+    float frozen = y[0];
+    lora_forward(y, input, layer, 1);
+    tell_row(x, key, "y", y, N);
+    line(x, "  y_0 = (x W)_0 + u B_0 = %.4f + %.4f * %.4f = %.4f   lora_forward", frozen, u,
+         layer->lora_B.w[0], y[0]);
+}
+
+/* explain lora -- a layer of 3 x 3 with an adapter of rank 1: before a step, after it, merged. */
+static void explain_lora(struct Explain *x) {
+    enum { N = 3 };
+    struct Adapter adapter = {.r = 1, .lora_alpha = 2};
+    struct Linear layer = {
+        .weight = {.w = (float[]){1, 0, 2, 0, 1, 0, 1, -1, 1}, .shape = {N, N}, .n = N * N},
+        .bias = {.w = (float[N]){0}, .n = N},
+        .lora_A = {.w = (float[]){0.5f, -0.5f, 1}, .d = (float[N]){0}, .shape = {1, N}, .n = N},
+        .lora_B = {.w = (float[N]){0}, .d = (float[N]){0}, .shape = {N, 1}, .n = N},
+        .lora_scale = adapter_scale(&adapter),
+    };
+    struct TrainingArguments args = {.optim = OPTIM_SGD};
+    struct OptimizerStep step = optimizer_step_of(&args, 0.1, 1, 1, 0);
+    const float input[] = {1, 2, 1};
+    const float dy[] = {1, -1, 0.5f};
+    float y[N];
+    float dx[N] = {0};
+
+    /* 1. At the start. */
+    tell(x, LORA_TEXT[0]);
+    tell_matrix(x, "W", &layer.weight);
+    tell_matrix(x, "A", &layer.lora_A);
+    tell_row(x, "x", "x", input, N);
+    tell_lora_forward(x, "y", &layer, input, y);
+
+    /* 2. A step of plain gradient descent. Only B moves. */
+    tell(x, LORA_TEXT[1]);
+    lora_backward(dx, dy, input, &layer, 1);
+    tell_row(x, "dy", "dy", dy, N);
+    tell_row(x, "dB", "dB", layer.lora_B.d, N);
+    tell_row(x, "dA", "dA", layer.lora_A.d, N);
+    tensor_step(&layer.lora_A, &step);
+    tensor_step(&layer.lora_B, &step);
+    tell_row(x, "B", "B", layer.lora_B.w, N);
+    tell_lora_forward(x, "y_after", &layer, input, y);
+
+    /* 3. The next gradient: now A has one, too. Then merged. */
+    tell(x, LORA_TEXT[2]);
+    lora_backward(dx, dy, input, &layer, 1);
+    tell_row(x, "dA_next", "dA", layer.lora_A.d, N);
+    lora_merge(&layer);
+    tell_matrix(x, "W_merged", &layer.weight);
+    linear_forward(y, input, 1, &layer.weight, &layer.bias);
+    tell_row(x, "y_merged", "y = x W", y, N);
+}
+
+/* ---- adamw ---------------------------------------------------------------------------------- */
+
+static const char *const ADAMW_TEXT[][2] = {
+    {"AdamW moves a weight by its mean gradient m over that gradient's usual size, the root of "
+     "v: a step is about lr long, whatever the loss is measured in. Both means start at 0, "
+     "and m_hat, v_hat make up for that. One weight, w = 2, with lr 0.1, weight_decay 0.1. "
+     "See step 2: the gradient points the other way, yet w goes on falling.",
+     "AdamW move um peso por seu gradiente médio m dividido pelo tamanho usual desse "
+     "gradiente, a raiz de v: um passo mede cerca de lr, seja qual for a unidade da perda. "
+     "As duas médias começam em 0, e m_hat, v_hat compensam isso. Um peso, w = 2, com lr 0.1, "
+     "weight_decay 0.1. Veja o passo 2: o gradiente aponta para o outro lado, e w continua "
+     "caindo."},
+};
+
+/* A step of one weight by adamw_piece, then its lines with their numbers. */
+static void tell_adamw_step(struct Explain *x, size_t t, float g, float *w, float *m, float *v) {
+    struct TrainingArguments args = training_arguments();
+    /* 1. The step. */
+    struct OptimizerStep s = optimizer_step_of(&args, 0.1, t, 1, 0.1);
+    float old_w = *w;
+    float old_m = *m;
+    float old_v = *v;
+    adamw_piece(w, (float[]){g}, m, v, 1, s);
+
+    /* 2. What adamw_piece does not keep, in its own terms. */
+    float m_hat = *m * s.correction1;
+    float v_hat = *v * s.correction2;
+    float step = old_w * s.decay_factor - *w;
+    line(x, "  t = %zu, g = %.1f   adamw_piece", t, g);
+    line(x, "  m     = beta1 m + (1 - beta1) g   = 0.9 * %.4f + 0.1 * %.1f = %.4f", old_m, g, *m);
+    line(x, "  v     = beta2 v + (1 - beta2) g^2 = 0.999 * %g + 0.001 * %.2f = %.8f", old_v, g * g,
+         *v);
+    line(x, "  m_hat = m / (1 - beta1^t) = %.4f / %.4f = %.4f", *m, 1 / s.correction1, m_hat);
+    line(x, "  v_hat = v / (1 - beta2^t) = %.8f / %.6f = %.6f", *v, 1 / s.correction2, v_hat);
+    line(x, "  step  = lr m_hat / (sqrt(v_hat) + eps) = 0.1 * %.4f / %.4f = %.4f", m_hat,
+         sqrtf(v_hat), step);
+    line(x, "  w     = w (1 - lr weight_decay) - step = %.4f * %.2f - %.4f = %.4f\n", old_w,
+         s.decay_factor, step, *w);
+    put_floats(x, arena_printf(x->arena, "step_%zu", t),
+               (float[]){g, *m, *v, m_hat, v_hat, step, *w}, 7);
+}
+
+/* explain adamw -- two steps of one weight: the case by hand of adamw_piece. */
+static void explain_adamw(struct Explain *x) {
+    float w = 2;
+    float m = 0;
+    float v = 0;
+    tell(x, ADAMW_TEXT[0]);
+    tell_adamw_step(x, 1, 0.3f, &w, &m, &v);
+    tell_adamw_step(x, 2, -0.1f, &w, &m, &v);
+}
+
+/* ---- beam ----------------------------------------------------------------------------------- */
+
+static const char *const BEAM_TEXT[][2] = {
+    {"Beam search keeps the 2 best beginnings instead of one. A step continues each of them "
+     "by every token; a candidate's score is the sum of its tokens' log-probabilities. See "
+     "how the most probable first token, \" a\", loses. The probabilities of what may follow:",
+     "Beam search mantém os 2 melhores começos em vez de um. Um passo continua cada um deles "
+     "com cada token; a pontuação de um candidato é a soma das log-probabilidades de seus "
+     "tokens. Veja como o primeiro token mais provável, \" a\", perde. As probabilidades do "
+     "que pode vir depois:"},
+    {"What ends is divided by length^length_penalty: each token lowers the sum, so otherwise "
+     "the shortest would win. The best answer, and what other settings find; one beam is "
+     "greedy decoding. (beam_search)",
+     "O que termina é dividido por comprimento^length_penalty: cada token baixa a soma, e sem "
+     "isso venceria o mais curto. A melhor resposta, e o que outras configurações acham; um "
+     "só feixe é a decodificação gulosa. (beam_search)"},
+};
+
+enum { BEAM_V = 4, BEAM_END = 3, BEAM_PROMPT = 4, BEAM_STEPS = 3 };
+static const char *const BEAM_TOKENS[] = {" a", " lot", " fun", "."};
+/* what stands in for a model: the probability of each next token, a row for what comes before */
+static const float BEAM_P[][BEAM_V] = {
+    {0.05f, 0.45f, 0.30f, 0.20f},
+    {0.10f, 0.10f, 0.30f, 0.50f},
+    {0.02f, 0.03f, 0.05f, 0.90f},
+    {0.25f, 0.25f, 0.25f, 0.25f},
+    [BEAM_PROMPT] = {0.50f, 0.10f, 0.30f, 0.10f},
+};
+
+/* A search before its first step. The model only lends it its sizes. */
+static struct BeamSearch beam_begin(struct Explain *x, const struct GPT2 *model,
+                                    const struct GenerationConfig *config) {
+    struct Sequence *start = arena_alloc(x->arena, 1, sizeof *start);
+    *start = sequence_start(x->arena, (int[]){BEAM_PROMPT}, 1, BEAM_STEPS, model, (struct Rng){0});
+    return beam_search_new(x->arena, model, start, config);
+}
+
+/* One step; returns the scores (running,V) of all continuations. The beams that were continued are
+ * in search->next afterwards. */
+static float *beam_step(struct Explain *x, struct BeamSearch *search) {
+    float *scores = arena_floats(x->arena, search->config->num_beams * BEAM_V);
+    for (size_t b = 0; b < search->running_count; b++) {
+        /* the table knows only the last token; a model would read them all */
+        const struct Sequence *beam = &search->running[b];
+        for (size_t v = 0; v < BEAM_V; v++)
+            scores[b * BEAM_V + v] = logf(BEAM_P[beam->ids[beam->n - 1]][v]);
+    }
+    beam_advance(search, x->arena, scores);
+    return scores;
+}
+
+/* A beam's tokens after the prompt, and `last`, in quotes. */
+static const char *beam_text(struct Explain *x, const struct Sequence *beam, const char *last) {
+    const char *text = "";
+    for (size_t i = 1; i < beam->n; i++)
+        text = arena_printf(x->arena, "%s%s", text, BEAM_TOKENS[beam->ids[i]]);
+    return arena_printf(x->arena, "\"%s%s\"", text, last);
+}
+
+/* What became of a candidate, the rank-th best of its step. */
+static const char *beam_fate(struct Explain *x, const struct BeamSearch *search,
+                             const struct Candidate *candidate, size_t rank, size_t length) {
+    /* 1. Is it among the running beams of the next step? */
+    for (size_t i = 0; i < search->running_count; i++)
+        if (search->going_on[i].id == candidate->id)
+            return x->pt ? "segue" : "goes on";
+
+    /* 2. Does it end, and is it among the best K? Then it was offered to the pool. */
+    bool ends = candidate->id % BEAM_V == BEAM_END || length == BEAM_STEPS;
+    if (!ends || rank >= search->config->num_beams)
+        return x->pt ? "descartado" : "dropped";
+    float score = (float)(candidate->value / pow((double)length, search->config->length_penalty));
+    bool is_low = score < search->finished[search->finished_count - 1].score;
+    const char *verdict = !is_low ? "" : x->pt ? ", baixo" : ", too low";
+    return arena_printf(x->arena, "%s: %.4f / %zu = %.4f%s", x->pt ? "fim" : "ends",
+                        candidate->value, length, score, verdict);
+}
+
+/* A step, and a line for each candidate, best first: the beam's score, the token's
+ * log-probability, their sum. */
+static void tell_beam_step(struct Explain *x, struct BeamSearch *search, size_t step) {
+    struct Candidate candidates[2 * BEAM_V];
+    size_t n = search->running_count * BEAM_V;
+    float *scores = beam_step(x, search);
+    put_floats(x, arena_printf(x->arena, "step_%zu", step), scores, n);
+
+    /* best first; a candidate's id is beam * V + token */
+    for (size_t i = 0; i < n; i++)
+        candidates[i] = (struct Candidate){scores[i], (int)i};
+    qsort(candidates, n, sizeof *candidates, compare_candidates_down);
+    line(x, "\n  step %zu   beam_advance", step);
+    for (size_t i = 0; i < n; i++) {
+        const struct Candidate *c = &candidates[i];
+        const struct Sequence *from = &search->next[c->id / BEAM_V];
+        line(x, "  %-13s %7.4f %+.4f = %7.4f   %s", beam_text(x, from, BEAM_TOKENS[c->id % BEAM_V]),
+             from->score, c->value - from->score, c->value, beam_fate(x, search, c, i, step));
+    }
+}
+
+/* The best answer with these settings, and its score. */
+static void tell_beam_best(struct Explain *x, const struct GPT2 *model, size_t num_beams,
+                           double length_penalty) {
+    struct GenerationConfig config = generation_config();
+    config.num_beams = num_beams;
+    config.length_penalty = length_penalty;
+    /* the same search from its start: other settings keep other beams */
+    struct BeamSearch search = beam_begin(x, model, &config);
+    while (beam_search_goes_on(&search))
+        beam_step(x, &search);
+    line(x, "  num_beams %zu, length_penalty %g: %-10s %7.4f", num_beams, length_penalty,
+         beam_text(x, &search.finished[0], ""), search.finished[0].score);
+    put_floats(x, arena_printf(x->arena, "best_%zu_%g", num_beams, length_penalty),
+               &search.finished[0].score, 1);
+}
+
+/* explain beam -- a search with two beams over four tokens, every candidate with its sum. */
+static void explain_beam(struct Explain *x) {
+    struct GPT2 *model =
+        gpt2_new((struct GPT2Config){BEAM_V, 8, 1, 1, 1, .eos_token_id = BEAM_END});
+    struct GenerationConfig config = generation_config();
+    config.num_beams = 2;
+
+    /* 1. The table that stands in for a model. */
+    tell(x, BEAM_TEXT[0]);
+    line(x, "  %-13s %5s %8s %8s %8s", "", "\" a\"", "\" lot\"", "\" fun\"", "\".\"");
+    static const size_t before[] = {BEAM_PROMPT, 0, 1, 2};
+    for (size_t i = 0; i < COUNT(before); i++) {
+        const char *name = i ? token_label(x, text_of(BEAM_TOKENS[before[i]]), 10) : "prompt";
+        tell_row(x, arena_printf(x->arena, "p_%zu", i), name, BEAM_P[before[i]], BEAM_V);
+    }
+
+    /* 2. The search, step by step. */
+    struct BeamSearch search = beam_begin(x, model, &config);
+    for (size_t step = 1; beam_search_goes_on(&search); step++)
+        tell_beam_step(x, &search, step);
+
+    /* 3. What it found, and what others find: greedy decoding, and other length penalties. */
+    tell(x, BEAM_TEXT[1]);
+    tell_beam_best(x, model, 2, 1);
+    tell_beam_best(x, model, 1, 1);
+    tell_beam_best(x, model, 2, 0);
+    tell_beam_best(x, model, 2, 2);
+    gpt2_free(model);
+}
+
+/* ---- backprop ------------------------------------------------------------------------------- */
+
+static const char *const BACKPROP_TEXT[][2] = {
+    {"How does PPO's loss reach the weights? A model of 8 tokens, width 4, one block and one "
+     "head has written \" a lot of fun\" after \"The film is\". Each step back multiplies by one "
+     "slope. Follow wte[\" is\"][0]: \" is\" was read, and it had a logit, so its vector gets a "
+     "gradient both ways.",
+     "Como a perda do PPO chega aos pesos? Um modelo de 8 tokens, largura 4, um bloco e uma "
+     "cabeça escreveu \" a lot of fun\" depois de \"The film is\". Cada passo para trás "
+     "multiplica por uma inclinação. Siga wte[\" is\"][0]: \" is\" foi lido, e teve um logit, "
+     "então seu vetor recebe gradiente pelos dois caminhos."},
+    {"1. The loss of each token, and its slope by the token's log-probability. \" fun\" is "
+     "beyond the clip range, so its slope is 0: it pulls at no weight. (ppo_token_loss)",
+     "1. A perda de cada token, e sua inclinação pela log-probabilidade dele. \" fun\" está "
+     "além do corte, então sua inclinação é 0: não puxa peso algum. (ppo_token_loss)"},
+    {"2. To the logits, here those that \" is\" gave for the next token, \" a\": d logit_v = "
+     "slope ([v = target] - p_v). A step downhill raises the target's logit and lowers all "
+     "others; the sum is 0. (lm_head_backward_row)",
+     "2. Até os logits, aqui os que \" is\" deu para o próximo token, \" a\": d logit_v = slope "
+     "([v = alvo] - p_v). Um passo ladeira abaixo levanta o logit do alvo e baixa todos os "
+     "outros; a soma é 0. (lm_head_backward_row)"},
+    {"3. Back through the model: the norm of all numbers of a gradient, and the one that is "
+     "followed: the slope of \" a\", what it makes of the logit of \" is\", then number 0 at "
+     "the position of \" is\".",
+     "3. De volta pelo modelo: a norma de todos os números de um gradiente, e o que seguimos: "
+     "a inclinação de \" a\", o que ela faz do logit de \" is\", depois o número 0 na posição "
+     "de \" is\"."},
+    {"4. wte both ways. As the output layer: at each position that predicts, d logit of "
+     "\" is\" times hidden_0. As the embedding: what has arrived where \" is\" was read. The "
+     "loss's own difference quotient says the same. (lm_head_backward, embedding_backward)",
+     "4. wte pelos dois caminhos. Como camada de saída: em cada posição que prevê, d logit de "
+     "\" is\" vezes hidden_0. Como embedding: o que chegou onde \" is\" foi lido. O quociente de "
+     "diferenças da própria perda diz o mesmo. (lm_head_backward, embedding_backward)"},
+};
+
+/* A model of 8 tokens and width 4; the answer's 4 tokens are predicted at 4 of 6 positions. */
+enum { BACK_V = 8, BACK_C = 4, BACK_R = 4, BACK_N = 6, BACK_IS = 2 };
+enum {
+    BACK_AT = BACK_IS * BACK_C
+}; /* wte[" is"][0], and number 0 at position 2, where it stands */
+static const char *const BACK_TOKENS[] = {"The", " film", " is", " a", " lot", " of", " fun", "."};
+
+struct Backprop {
+    struct GPT2 *model;
+    struct PPOConfig config;
+    struct Batch batch;
+    struct LMHead head;
+    struct PPOTokens tokens;
+    float *dhidden, *dx; /* (N,C) */
+};
+
+/* A new model, with weights large enough for its numbers to be seen. */
+static struct GPT2 *backprop_model(void) {
+    struct GPT2 *model =
+        gpt2_new((struct GPT2Config){BACK_V, BACK_N, BACK_C, 1, 1, .eos_token_id = BACK_V - 1,
+                                     .layer_norm_epsilon = 1e-5f});
+    struct Rng rng = rng_seed(0, STREAM_INIT);
+    /* biases stay 0 and gains 1; GPT-2's 0.02 would make all tokens equally probable */
+    for (size_t i = 0; i < model->tensor_count; i++)
+        if (model->tensors[i]->ndim == 2)
+            tensor_normal(model->tensors[i], &rng, 0.5);
+    gpt2_make_trainable(model);
+    return model;
+}
+
+/* PPO's policy loss of the answer, with the model as it is now. */
+static double backprop_loss(struct Explain *x, struct Backprop *b) {
+    b->head = batch_logprobs(b->model, x->arena, &b->batch, 1, true);
+    b->tokens.logprobs = b->head.logprob;
+    return ppo_loss(&b->config, &b->tokens).policy;
+}
+
+/* The answer, and what PPO knows of it since it was written. Advantages, and how far the
+ * log-probabilities have moved, are those of explain ppo. */
+static struct Backprop backprop_begin(struct Explain *x) {
+    static int ids[] = {0, 1, BACK_IS, 3, 4, 5, 6};
+    static const float moved[BACK_R] = {0.10f, 0.10f, 0.01f, 0.30f};
+    static float advantages[BACK_R] = {0.78f, 0.97f, 0.81f, 0.85f};
+    struct Example answer = {ids, COUNT(ids), COUNT(ids) - BACK_R};
+    struct Backprop b = {
+        .model = backprop_model(),
+        .config = ppo_config(),
+        .batch = collate(x->arena, &answer, 1, SKIP_LAST),
+        .dhidden = arena_zeros(x->arena, BACK_N * BACK_C, sizeof(float)),
+        .dx = arena_zeros(x->arena, BACK_N * BACK_C, sizeof(float)),
+    };
+    /* the value head is left out: its loss would only be a second summand of dhidden */
+    float *zeros = arena_zeros(x->arena, BACK_R, sizeof *zeros);
+    b.tokens = (struct PPOTokens){
+        .R = BACK_R,
+        .old_logprobs = arena_zeros(x->arena, BACK_R, sizeof(float)),
+        .old_values = zeros,
+        .advantages = advantages,
+        .returns = zeros,
+        .values = zeros,
+        .policy = arena_alloc(x->arena, BACK_R, sizeof *b.tokens.policy),
+        .value = arena_alloc(x->arena, BACK_R, sizeof *b.tokens.value),
+        .dlogprobs = arena_floats(x->arena, BACK_R),
+        .dvalues = arena_floats(x->arena, BACK_R),
+    };
+
+    /* The ratios are chosen, not computed: the policy that wrote the answer found each token less
+     * probable by what has moved since. */
+    backprop_loss(x, &b);
+    for (size_t t = 0; t < BACK_R; t++)
+        b.tokens.old_logprobs[t] = b.head.logprob[t] - moved[t];
+    return b;
+}
+
+/* Step 1: the loss of each token, and its slope. */
+static void tell_backprop_loss(struct Explain *x, struct Backprop *b) {
+    float loss = (float)backprop_loss(x, b);
+    tell(x, BACKPROP_TEXT[1]);
+    line(x, "  %-10s %8s %8s %8s %8s %8s", "token", "A", "log p", "ratio", "loss", "slope");
+    for (size_t t = 0; t < BACK_R; t++) {
+        /* the slope is that of the mean: dlogprob / 4 */
+        const struct TokenLoss *token = &b->tokens.policy[t];
+        const char *text = BACK_TOKENS[b->batch.target[t]];
+        tell_row(x, arena_printf(x->arena, "token_%zu", t), token_label(x, text_of(text), 10),
+                 (float[]){b->tokens.advantages[t], b->head.logprob[t], (float)token->ratio,
+                           (float)token->loss, b->tokens.dlogprobs[t]},
+                 5);
+    }
+    line(x, "  slope of \" a\" = -A ratio / 4 = -%.4f * %.4f / 4 = %.4f", b->tokens.advantages[0],
+         b->tokens.policy[0].ratio, b->tokens.dlogprobs[0]);
+    line(x, "  loss = mean = %.4f   ppo_loss", loss);
+    put_floats(x, "loss", &loss, 1);
+}
+
+/* Step 2: the logits of the first token, and wte's gradient as the output layer. */
+static void tell_backprop_logits(struct Explain *x, struct Backprop *b) {
+    /* the probabilities first: lm_head_backward overwrites the logits by their derivatives */
+    float p[BACK_V];
+    memcpy(p, b->head.logits, sizeof p);
+    softmax(p, BACK_V);
+
+    /* d logits for all four positions, d hidden, and wte's gradient as the output layer */
+    lm_head_backward(b->model, &b->head, b->tokens.dlogprobs, b->dhidden, x->arena);
+    tell(x, BACKPROP_TEXT[2]);
+    for (size_t v = 0; v < BACK_V; v++)
+        line(x, "  %s %8.4f * (%d - %.4f) = %7.4f", token_label(x, text_of(BACK_TOKENS[v]), 10),
+             b->tokens.dlogprobs[0], (int)v == b->batch.target[0], p[v], b->head.logits[v]);
+    put_floats(x, "dlogits", b->head.logits, BACK_R * BACK_V);
+}
+
+/* A row of step 3: a gradient's norm, and the number that is followed. */
+static void tell_gradient(struct Explain *x, const char *name, const float *d, size_t n,
+                          float number, const char *function) {
+    float norm = (float)sqrt(square_sum(d, n));
+    line(x, "  %-10s %8.4f %8.4f   %s", name, norm, number, function);
+    put_floats(x, name, (float[]){norm, number}, 2);
+}
+
+/* Step 3: the calls of gpt2_backward, and what each of them makes of the gradient. */
+static void tell_backprop_model(struct Explain *x, struct Backprop *b) {
+    enum { n = BACK_N * BACK_C };
+    struct GPT2 *model = b->model;
+    struct Activations *acts = &b->head.acts;
+    struct LayerNormRows ln_f = {BACK_N, acts->x, acts->ln_f_mean, acts->ln_f_rstd};
+    float *dwide = arena_floats(x->arena, 4 * n);
+    float *dnarrow = arena_floats(x->arena, n);
+
+    /* 1. What has arrived from the loss so far. */
+    tell(x, BACKPROP_TEXT[3]);
+    line(x, "  %-10s %8s %8s", "d loss / d", "norm", "number");
+    tell_gradient(x, "log p", b->tokens.dlogprobs, BACK_R, b->tokens.dlogprobs[0], "ppo_loss");
+    tell_gradient(x, "logits", b->head.logits, BACK_R * BACK_V, b->head.logits[BACK_IS],
+                  "lm_head_backward_row");
+    tell_gradient(x, "hidden", b->dhidden, n, b->dhidden[BACK_AT], "lm_head_backward");
+
+    /* 2. The rest of the way: dx is the stream's derivative, first where the block has written to
+     *    it, then where the embedding did. */
+    layernorm_backward(b->dx, b->dhidden, ln_f, &model->ln_f.weight, &model->ln_f.bias);
+    tell_gradient(x, "block out", b->dx, n, b->dx[BACK_AT], "layernorm_backward, of ln_f");
+    block_backward(model, &model->h[0], &acts->h[0], &b->batch, b->dx, dwide, dnarrow);
+    tell_gradient(x, "block in", b->dx, n, b->dx[BACK_AT], "block_backward");
+}
+
+/* Step 4: wte both ways, and the difference quotient that has to agree. */
+static void tell_backprop_wte(struct Explain *x, struct Backprop *b) {
+    struct Tensor *wte = &b->model->wte;
+    float output = wte->d[BACK_AT];
+    embedding_backward(wte->d, b->model->wpe.d, b->dx, &b->batch, BACK_C);
+    float both = wte->d[BACK_AT];
+    tell(x, BACKPROP_TEXT[4]);
+    for (size_t r = 0; r < BACK_R; r++) {
+        /* one summand for each position: the logit of " is" depended on both factors */
+        float dlogit = b->head.logits[r * BACK_V + BACK_IS];
+        float hidden = b->head.hidden[r * BACK_C];
+        line(x, "  %-10s %8.4f * %7.4f = %7.4f", r ? "" : "output", dlogit, hidden,
+             dlogit * hidden);
+    }
+    line(x, "  wte.d[\" is\"][0] = %.4f (output) + %.4f (embedding) = %.4f", output, both - output,
+         both);
+
+    /* the loss with this one weight a little larger, and a little smaller; what was known when the
+     * answer was written stays */
+    /* 1 / 128: w + h is exact, and the loss's curvature does not show yet */
+    float h = 0x1p-7f;
+    wte->w[BACK_AT] += h;
+    double above = backprop_loss(x, b);
+    wte->w[BACK_AT] -= 2 * h;
+    double below = backprop_loss(x, b);
+    float quotient = (float)((above - below) / (2 * h));
+    line(x, "  (loss(w + h) - loss(w - h)) / 2h = (%.6f + %.6f) / %.6f = %.4f", above, -below,
+         2 * h, quotient);
+    put_floats(x, "wte", (float[]){output, both - output, both, quotient}, 4);
+}
+
+/* explain backprop -- one answer's gradient, from PPO's loss to wte, in the steps of ppo_backward
+ * and gpt2_backward. */
+static void explain_backprop(struct Explain *x) {
+    struct Backprop b = backprop_begin(x);
+    tell(x, BACKPROP_TEXT[0]);
+    tell_backprop_loss(x, &b);
+    tell_backprop_logits(x, &b);
+    tell_backprop_model(x, &b);
+    tell_backprop_wte(x, &b);
+    gpt2_free(b.model);
+}
+
+static const struct Topic {
+    const char *name, *en, *pt;
+    void (*run)(struct Explain *);
+} TOPICS[] = {
+    {"bpe", "a word becomes tokens, merge by merge", "uma palavra vira tokens, fusão por fusão",
+     explain_bpe},
+    {"omega", "the log-probability of a whole answer",
+     "a log-probabilidade de uma resposta inteira", explain_omega},
+    {"attention", "what a token takes from those before it", "o que um token toma dos anteriores",
+     explain_attention},
+    {"backprop", "from PPO's loss to the embedding, both ways",
+     "da perda do PPO ao embedding, pelos dois caminhos", explain_backprop},
+    {"lora", "a thin correction beside a frozen matrix",
+     "uma correção fina ao lado de uma matriz congelada", explain_lora},
+    {"adamw", "two steps of one weight", "dois passos de um peso", explain_adamw},
+    {"beam", "a search with two beams", "uma busca com dois feixes", explain_beam},
+};
+
+/* =============================================================================================
  * Part IV - The program
  *
  * Machinery: what a program needs around its mathematics. After this part a reader knows how
@@ -14475,7 +15409,8 @@ enum { MOST_FLAGS = 160 };
 
 struct Options {
     const char *model_name_or_path, *ref_model, *reward_model_path, *dataset_name, *eval_dataset,
-        *tokenizer, *prompt, *rollouts, *loss_type, *loss_weights, *file;
+        *tokenizer, *prompt, *response, *rejected, *rollouts, *loss_type, *loss_weights, *file,
+        *language;
     const char *peft_adapter, *command; /* command: the command line */
     struct Adapter lora; /* of a new adapter */
     struct TrainingArguments train;
@@ -14509,7 +15444,8 @@ struct Options {
 #define WITH_OUTPUT "rlhf, collect, merge, " TRAINING
 #define WITH_SEED "rlhf, exact, generate, collect, eval, " TRAINING
 #define WITH_REFERENCE "ppo, reinforce, dpo, logprob, eval"
-#define WITH_WORDS "tokenize, report, glossary" /* arguments that are not flags: a file, a term */
+#define WITH_WORDS \
+    "tokenize, report, glossary, explain" /* arguments that are not flags: a file, a term */
 #define ALL_COMMANDS WITH_MODEL ", exact, " WITH_WORDS
 
 /* ---- Flags ---------------------------------------------------------------------------------- */
@@ -14582,14 +15518,14 @@ struct Flag {
 
 static const struct Flag FLAGS[] = {
     HEADING("Models"),
-    {NAMED(model_name_or_path), &KIND_STRING, WITH_MODEL,
+    {NAMED(model_name_or_path), &KIND_STRING, WITH_MODEL ", explain",
      "folder of a model (config.json, model.safetensors)"},
     {NAMED(peft_adapter), &KIND_STRING, WITH_ADAPTER,
      "folder of a LoRA adapter (adapter_config.json, adapter_model.safetensors): added to the "
      "model; training goes on with it"},
-    {NAMED(ref_model), &KIND_STRING, WITH_REFERENCE,
+    {NAMED(ref_model), &KIND_STRING, WITH_REFERENCE ", explain",
      "folder of the reference model; default: the start model"},
-    {NAMED(reward_model_path), &KIND_STRING, SAMPLING, "folder of a reward model"},
+    {NAMED(reward_model_path), &KIND_STRING, SAMPLING ", explain", "folder of a reward model"},
     HEADING("A new LoRA adapter"),
     {NAMED(use_peft), &KIND_BOOL, TUNING,
      "train a new LoRA adapter instead of the model's weights"},
@@ -14606,11 +15542,11 @@ static const struct Flag FLAGS[] = {
     {OF(train, output_dir), &KIND_STRING, WITH_OUTPUT, "folder for what is made"},
     {NAMED(tokenizer), &KIND_STRING, ALL_COMMANDS,
      "tokenizer.bin; default: beside the program, then the current folder"},
-    {OF(train, seed), &KIND_SEED, WITH_SEED, "of all random numbers"},
+    {OF(train, seed), &KIND_SEED, WITH_SEED ", explain", "of all random numbers"},
     {NAMED(quiet), &KIND_BOOL, ALL_COMMANDS, "no progress on stderr"},
     {NAMED(help), &KIND_BOOL, ALL_COMMANDS, "this page; also -h"},
     HEADING("Training"),
-    {OF(train, learning_rate), &KIND_WEIGHT, TRAINING, "at its highest"},
+    {OF(train, learning_rate), &KIND_WEIGHT, TRAINING ", explain", "at its highest"},
     {OF(train, lr_scheduler_type), &KIND_SCHEDULER, TRAINING, ""},
     {OF(train, warmup_steps), &KIND_WARMUP, TRAINING,
      "steps over which the learning rate rises from 0; below 1: a share of all steps"},
@@ -14701,7 +15637,9 @@ static const struct Flag FLAGS[] = {
      "responses: shortest limit"},
     {"output_max_length", AT(output_length.max_value), &KIND_COUNT, "ppo, reinforce",
      "and longest plus one (LengthSampler)"},
-    {NAMED(prompt), &KIND_TEXT, "generate, next", "text to continue"},
+    {NAMED(prompt), &KIND_TEXT, "generate, next, explain", "text to continue"},
+    {NAMED(response), &KIND_STRING, "explain", "the answer to --prompt; default: a sampled one"},
+    {NAMED(rejected), &KIND_STRING, "explain", "a second, worse answer; default: a sampled one"},
     {OF(generation, temperature), &KIND_TEMPERATURE, "generate, next, " SAMPLING ", rlhf, dpo",
      "divides the logits; towards 0 only the likeliest token is left"},
     {OF(generation, top_k), &KIND_SIZE, "generate, next, " SAMPLING,
@@ -14711,7 +15649,7 @@ static const struct Flag FLAGS[] = {
     {OF(generation, repetition_penalty), &KIND_POSITIVE, "generate, next",
      "above 1: ids already there become less likely"},
     {OF(generation, no_repeat_ngram_size), &KIND_SIZE, "generate", "no n-gram twice"},
-    {OF(generation, max_new_tokens), &KIND_COUNT, "generate, collect, eval, exact",
+    {OF(generation, max_new_tokens), &KIND_COUNT, "generate, collect, eval, exact, explain",
      "at most so many new tokens (exact: just so many)"},
     {OF(generation, min_new_tokens), &KIND_SIZE, "generate", "at least so many"},
     {OF(generation, num_beams), &KIND_COUNT, "generate", "beam search with so many beams"},
@@ -14722,10 +15660,11 @@ static const struct Flag FLAGS[] = {
      "draw tokens instead of taking the likeliest"},
     {OF(generation, num_return_sequences), &KIND_COUNT, "generate", "samples of each prompt"},
     HEADING("What is printed"),
-    {NAMED(top_n), &KIND_COUNT, "next", "rows of the table"},
-    {NAMED(json), &KIND_BOOL, "exact, generate, next", "one JSON object a line"},
+    {NAMED(top_n), &KIND_COUNT, "next, explain", "rows of the table"},
+    {NAMED(json), &KIND_BOOL, "exact, generate, next, explain", "one JSON object a line"},
+    {NAMED(language), &KIND_STRING, "explain", "en, pt"},
     {NAMED(jsonl), &KIND_BOOL, "tokenize", "{\"text\"} a line in, {\"input_ids\"} a line out"},
-    {NAMED(decode), &KIND_BOOL, "tokenize", "ids in, the exact bytes out"},
+    {NAMED(decode), &KIND_BOOL, "tokenize, explain", "ids in, the exact bytes out"},
     HEADING("Steps of the stages"),
     {NAMED(pretrain_steps), &KIND_SIZE, "rlhf", "of the language model"},
     {NAMED(reward_steps), &KIND_SIZE, "rlhf", "of the reward model"},
@@ -16255,6 +17194,326 @@ static void command_exact(struct Options *o) {
     exact_print(w, o->json);
 }
 
+/* ---- The same tables for real models -------------------------------------------------------- */
+
+/* With --model_name_or_path the example's JSON is not read but made, of the models' numbers: the
+ * topics see no difference. These add a member to an object or, with key "", an item to a list. */
+static struct Json *json_add(struct Arena *arena, struct Json *parent, const char *key,
+                             enum JsonType type) {
+    struct Json *node = arena_zeros(arena, 1, sizeof *node);
+    struct Json **end = &parent->child;
+    while (*end)
+        end = &(*end)->next;
+    *end = node;
+    node->type = type;
+    node->key = text_of(key);
+    parent->number++;
+    return node;
+}
+
+static void json_add_floats(struct Arena *arena, struct Json *parent, const char *key,
+                            const float *x, size_t n) {
+    struct Json *list = json_add(arena, parent, key, JSON_ARRAY);
+    for (size_t i = 0; i < n; i++)
+        json_add(arena, list, "", JSON_NUMBER)->number = x[i];
+}
+
+/* The texts of n ids, which become the labels of rows. */
+static void json_add_tokens(struct Options *o, struct Json *parent, const int *ids, size_t n) {
+    struct Json *list = json_add(&o->arena, parent, "tokens", JSON_ARRAY);
+    for (size_t i = 0; i < n; i++)
+        json_add(&o->arena, list, "", JSON_STRING)->string =
+            tokenizer_decode(o->tok, ids[i], o->model->config.vocab_size);
+}
+
+/* The logits (V) of the token after the prompt. */
+static float *next_logits(struct Options *o, const struct GPT2 *model, struct Example prompt) {
+    size_t V = model->config.vocab_size;
+    struct Batch batch = collate(&o->arena, &prompt, 1, READ_LAST);
+    struct Activations acts = gpt2_forward(model, &o->arena, &batch, false);
+    float *logits = arena_floats(&o->arena, V);
+    output_logits(model, logits, acts.ln_f + (prompt.n - 1) * model->config.n_embd, 1);
+    check_numbers(model, &o->arena, &batch, "a logit of the next token", logits, V);
+    return logits;
+}
+
+/* softmax, sampling, kl: the likeliest --top_n next tokens, as if they were the whole
+ * vocabulary. */
+static void example_of_next(struct Options *o, struct Json *example, const char *topic) {
+    struct Arena *arena = &o->arena;
+    size_t V = o->model->config.vocab_size;
+    struct Example prompt = prompt_encode(o, text_of(o->prompt), 1);
+    float *logits = next_logits(o, o->model, prompt);
+    float *scratch = arena_floats(arena, V);
+    bool is_kl = strcmp(topic, "kl") == 0;
+
+    /* 1. Which they are; of the prompt's tokens among them, their places. */
+    struct Candidate *best = arena_alloc(arena, MIN(o->top_n, V), sizeof *best);
+    size_t n = beam_candidates(logits, V, o->top_n, arena, best);
+    int *ids = arena_alloc(arena, n, sizeof *ids);
+    float *shown = arena_floats(arena, n);
+    float *written = arena_floats(arena, n);
+    size_t written_count = 0;
+    for (size_t i = 0; i < n; i++) {
+        ids[i] = best[i].id;
+        shown[i] = best[i].value;
+        size_t t = 0;
+        while (t < prompt.n && prompt.ids[t] != ids[i])
+            t++;
+        if (t < prompt.n)
+            written[written_count++] = (float)i;
+    }
+    json_add_tokens(o, example, ids, n);
+    json_add_floats(arena, example, is_kl ? "p_logits" : "logits", shown, n);
+    if (strcmp(topic, "sampling") == 0)
+        json_add_floats(arena, example, "ids", written, written_count);
+
+    /* 2. What they leave out. */
+    float lse = log_sum_exp(logits, V, scratch);
+    say("%zu of %zu tokens are shown, as if there were no others; they hold %.4f of the "
+        "probability\n",
+        n, V, exp(log_sum_exp(shown, n, scratch) - lse));
+    if (!is_kl)
+        return;
+
+    /* 3. The same tokens' logits under the reference. */
+    float *ref_logits = next_logits(o, o->reference, prompt);
+    for (size_t i = 0; i < n; i++)
+        shown[i] = ref_logits[ids[i]];
+    json_add_floats(arena, example, "q_logits", shown, n);
+    say("over all tokens the KL is %.4f nats\n",
+        kl_exact(logits, lse, ref_logits, log_sum_exp(ref_logits, V, scratch), V));
+}
+
+/* Two answers to --prompt: --response and --rejected; what is not given is sampled. */
+static struct Rollout *explain_answers(struct Options *o) {
+    static const char *const flags[] = {"--response", "--rejected"};
+    const char *texts[] = {o->response, o->rejected};
+    const struct GPT2Config *config = &o->model->config;
+    struct Rollout *rollouts = arena_zeros(&o->arena, 2, sizeof *rollouts);
+
+    /* 1. Two samples, needed or not: what one is does not depend on whether the other is given. */
+    struct Example prompt = prompt_encode(o, text_of(o->prompt), 1);
+    struct Rng rng = rng_seed(o->train.seed, STREAM_SAMPLE);
+    o->generation.do_sample = true;
+    CHECK(prompt.n < config->n_positions, "--prompt fills the model's context: no answer fits");
+    struct Example *answers =
+        sample_answers(o->model, &o->arena, &prompt, 1, 2, &o->generation, &rng);
+
+    /* 2. The given ones take their places. */
+    for (size_t i = 0; i < 2; i++) {
+        if (texts[i])
+            answers[i] = example_prompt_completion(&o->arena, o->tok, text_of(o->prompt),
+                                                   text_of(texts[i]), config->vocab_size, NULL);
+        size_t n = answers[i].n;
+        CHECK(answers[i].prompt_length > 0 && n > answers[i].prompt_length,
+              "%s: a token or more was expected, after a prompt of one or more", flags[i]);
+        CHECK(n <= config->n_positions, "%s: %zu tokens with the prompt; the context has %zu",
+              flags[i], n, config->n_positions);
+        rollouts[i] = (struct Rollout){answers[i], n - answers[i].prompt_length, 0};
+    }
+
+    /* 3. Their scores. */
+    if (!o->reward_model_path)
+        return rollouts;
+    o->reward_model = load_model(o, o->reward_model_path);
+    check_reward_model(o->reward_model, o->reward_model_path);
+    struct Scorer scorer = {.reward_model = o->reward_model, .tok = o->tok, .std = 1};
+    float scores[2];
+    scorer_score(&scorer, &o->arena, answers, 2, config, scores);
+    for (size_t i = 0; i < 2; i++)
+        rollouts[i].score = scores[i];
+    return rollouts;
+}
+
+/* Which numbers of a token each topic wants, and under which name: `ref_` in front, or nothing. */
+enum Column { LOGPROBS, REF_LOGPROBS, VALUES, REWARDS, NEW_LOGPROBS, NEW_VALUES, COLUMNS };
+static const struct {
+    const char *topics, *before, *name;
+    enum Column column;
+} ANSWER_FIELDS[] = {
+    {"ppo, dpo", "", "logprobs", LOGPROBS},    {"ppo, dpo", "ref_", "logprobs", REF_LOGPROBS},
+    {"ppo, gae", "", "values", VALUES},        {"gae", "", "rewards", REWARDS},
+    {"ppo", "new_", "logprobs", NEW_LOGPROBS}, {"ppo", "new_", "values", NEW_VALUES},
+    {"reinforce", "", "logps", LOGPROBS},      {"reinforce", "ref_", "logps", REF_LOGPROBS},
+};
+
+/* One answer's fields. Those of dpo are the example's own; `side`, in their names, tells which. */
+static void example_add_answer(struct Options *o, struct Json *parent, const char *topic,
+                               const struct Rollout *rollout, const char *side, size_t start,
+                               const float *const columns[COLUMNS]) {
+    size_t n = rollout->response_length;
+    if (list_has("ppo, reinforce", topic))
+        json_add(&o->arena, parent, "score", JSON_NUMBER)->number = rollout->score;
+    if (!*side)
+        json_add_tokens(o, parent, rollout->example.ids + rollout->example.prompt_length, n);
+    for (size_t k = 0; k < COUNT(ANSWER_FIELDS); k++) {
+        if (!list_has(ANSWER_FIELDS[k].topics, topic))
+            continue;
+        const char *name =
+            arena_printf(&o->arena, "%s%s%s", ANSWER_FIELDS[k].before, side, ANSWER_FIELDS[k].name);
+        json_add_floats(&o->arena, parent, name, columns[ANSWER_FIELDS[k].column] + start, n);
+    }
+}
+
+/* gae, ppo, reinforce, dpo: what a step of PPO knows of the two answers. `new` is what the policy
+ * says of them after the step's ppo_epochs updates, with --learning_rate. */
+static void example_of_answers(struct Options *o, struct Json *example, const char *topic) {
+    /* 1. A trainer whose batch is the two answers. */
+    struct Rollout *rollouts = explain_answers(o);
+    struct PPOConfig config = ppo_config();
+    config.batch_size = 2;
+    config.mini_batch_size = 2;
+    o->train.max_grad_norm = 0;
+    if (list_has("gae, ppo", topic) && !o->model->v_head.weight.n)
+        warn("%s: has no value head; a new one is used, as PPO starts with", o->model_name_or_path);
+    struct RolloutTrainer *trainer = ppo_trainer_new(o->model, o->reference, config, o->train, 1);
+
+    /* 2. Steps 2, 3 and 5 of ppo_step; the topics do the rest themselves. */
+    struct PPOBatch p = ppo_evaluate_rollouts(trainer, rollouts);
+    ppo_rewards(trainer, &p, (float[]){rollouts[0].score, rollouts[1].score});
+    ppo_advantages(&config, &p);
+    struct PPOForward *now = p.forward;
+    if (strcmp(topic, "ppo") == 0) {
+        double sums[PPO_STATS] = {0};
+        ppo_optimize(trainer, rollouts, &p, sums);
+        now = ppo_forward(trainer, &trainer->arena, rollout_examples(&trainer->arena, rollouts, 2),
+                          2, false);
+    }
+
+    /* 3. The fields. */
+    const float *const columns[COLUMNS] = {
+        p.logprobs, p.ref_logprobs, p.values, p.rewards, now->head.logprob, now->values,
+    };
+    bool is_dpo = strcmp(topic, "dpo") == 0;
+    const char *sides[] = {is_dpo ? "chosen_" : "", is_dpo ? "rejected_" : ""};
+    struct Json *list = is_dpo ? NULL : json_add(&o->arena, example, "answers", JSON_ARRAY);
+    for (size_t i = 0; i < 2; i++) {
+        struct Json *answer = is_dpo ? example : json_add(&o->arena, list, "", JSON_OBJECT);
+        example_add_answer(o, answer, topic, &rollouts[i], sides[i], p.start[i], columns);
+    }
+    rollout_trainer_free(trainer);
+}
+
+#define TO_TWO_ANSWERS "prompt, response, rejected, seed, max_new_tokens"
+
+/* The flags that a topic takes for real models, and those of them that it needs. */
+static const struct ModelTopic {
+    const char *topics, *takes, *needs;
+} MODEL_TOPICS[] = {
+    {"bpe, attention", "prompt", "prompt"},
+    {"softmax, sampling", "prompt, top_n", "prompt"},
+    {"kl", "prompt, top_n, ref_model", "prompt, ref_model"},
+    {"dpo", TO_TWO_ANSWERS ", ref_model", "prompt"},
+    {"reward", TO_TWO_ANSWERS ", reward_model_path", "prompt, reward_model_path"},
+    {"reinforce, gae", TO_TWO_ANSWERS ", ref_model, reward_model_path",
+     "prompt, reward_model_path"},
+    {"ppo", TO_TWO_ANSWERS ", ref_model, reward_model_path, learning_rate",
+     "prompt, reward_model_path"},
+};
+
+/* Refuses flags that the topic does not take, and asks for those that it needs. */
+static void check_model_flags(struct Options *o, const char *topic) {
+    const char *all = TO_TWO_ANSWERS ", top_n, ref_model, reward_model_path, learning_rate";
+    struct ModelTopic row = {"", "", ""};
+    for (size_t i = 0; i < COUNT(MODEL_TOPICS); i++)
+        if (list_has(MODEL_TOPICS[i].topics, topic))
+            row = MODEL_TOPICS[i];
+    if (o->model_name_or_path && !*row.topics)
+        die_usage("explain %s has no table for real models; leave --model_name_or_path out", topic);
+    for (const char *name; (name = take_name(&o->arena, &all));) {
+        /* a word of one's own needs no model */
+        bool is_word = strcmp(topic, "bpe") == 0 && strcmp(name, "prompt") == 0;
+        if (given(o, name) && !o->model_name_or_path && !is_word)
+            die_usage("--%s is about real models: explain %s needs --model_name_or_path with it",
+                      name, topic);
+        if (given(o, name) && !list_has(row.takes, name))
+            die_usage("--%s: explain %s has no use for it; it takes %s", name, topic, row.takes);
+        if (!given(o, name) && o->model_name_or_path && list_has(row.needs, name))
+            die_usage("--%s is needed for explain %s with a model", name, topic);
+    }
+}
+
+/* The topic's example made of real models' numbers; NULL without --model_name_or_path, and for
+ * topics that ask the model themselves. */
+static struct Json *example_of_models(struct Options *o, const char *topic) {
+    check_model_flags(o, topic);
+    if (!o->model_name_or_path)
+        return NULL;
+    open_model(o, false);
+    leave_out_reward_head(o->model);
+    if (list_has("bpe, attention", topic))
+        return NULL;
+    if (!list_has("softmax, sampling, reward", topic))
+        load_reference(o);
+    struct Json *example = arena_zeros(&o->arena, 1, sizeof *example);
+    example->type = JSON_OBJECT;
+    json_add(&o->arena, example, "prompt", JSON_STRING)->string = text_of(o->prompt);
+    if (list_has("softmax, sampling, kl", topic)) {
+        example_of_next(o, example, topic);
+    } else if (strcmp(topic, "reward") == 0) {
+        struct Rollout *rollouts = explain_answers(o);
+        json_add(&o->arena, example, "chosen", JSON_NUMBER)->number = rollouts[0].score;
+        json_add(&o->arena, example, "rejected", JSON_NUMBER)->number = rollouts[1].score;
+    } else {
+        example_of_answers(o, example, topic);
+    }
+    return example;
+}
+static void json_write(FILE *file, const struct Json *json) {
+    bool is_list = json->type == JSON_ARRAY;
+    if (json->type == JSON_NUMBER)
+        fputs(json_number_text(json->number), file);
+    else if (json->type == JSON_STRING)
+        json_write_string(file, "", json->string);
+    if (json->type < JSON_ARRAY)
+        return;
+    fputc(is_list ? '[' : '{', file);
+    for (const struct Json *item = json->child; item; item = item->next) {
+        fputs(item == json->child ? "" : ", ", file);
+        if (!is_list)
+            json_write_string(file, "", item->key);
+        fputs(is_list ? "" : ": ", file);
+        json_write(file, item);
+    }
+    fputc(is_list ? ']' : '}', file);
+}
+
+/* align explain [TOPIC] */
+static void command_explain(struct Options *o) {
+    bool pt = o->language && strcmp(o->language, "pt") == 0;
+    const struct Topic *topic = NULL;
+    for (size_t i = 0; i < COUNT(TOPICS); i++) {
+        if (!o->file)
+            printf("  %-10s %s\n", TOPICS[i].name, pt ? TOPICS[i].pt : TOPICS[i].en);
+        else if (strcmp(TOPICS[i].name, o->file) == 0)
+            topic = &TOPICS[i];
+    }
+    if (!o->file)
+        return;
+    struct Json *example = example_of_models(o, o->file);
+    if (example) {
+        json_write(stdout, example);
+        puts("");
+        return;
+    }
+    if (!topic)
+        die_usage("explain: no topic \"%s\"; align explain lists them", o->file);
+    if (strcmp(topic->name, "bpe") == 0 && !o->tok)
+        load_tokenizer(o);
+    struct Explain x = {
+        .arena = &o->arena,
+        .tok = o->tok,
+        .model = o->model,
+        .prompt = text_of(o->prompt ? o->prompt : "The film is"),
+        .json = o->json,
+        .pt = pt,
+    };
+    topic->run(&x);
+    if (x.json)
+        puts("}");
+}
+
 /* ---- The commands --------------------------------------------------------------------------- */
 
 static const struct Command {
@@ -16300,6 +17559,8 @@ static const struct Command {
     {"merge", "a LoRA adapter folded into its base, saved as a model", command_merge, "output_dir",
      ""},
     {"report", "DIR: report.html again, from a run's logs", command_report, "", ""},
+    {"explain", "[TOPIC]: one example, number by number", command_explain, "",
+     "learning_rate 1.41e-5, max_new_tokens 8, top_n 8"},
     {"glossary", "[TERM]: the course's terms in Portuguese and English", command_glossary, "", ""},
 };
 

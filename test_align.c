@@ -8920,6 +8920,146 @@ static void test_fixtures_reward(void) {
  * The table of tests, main
  * ============================================================================================= */
 
+/* ---- Chapter 21: one example, number by number ---------------------------------------------- */
+
+/* A list of numbers in what a topic printed. */
+static void expect_list(const struct Json *object, const char *key, const double *want, size_t n,
+                        double tolerance) {
+    const struct Json *list = json_get(object, key);
+    expect_count(key, list && list->type == JSON_ARRAY ? (size_t)list->number : 0, n);
+    const struct Json *item = list ? list->child : NULL;
+    for (size_t i = 0; i < n && item; i++, item = item->next)
+        expect_close(key, item->number, want[i], tolerance);
+}
+
+static void expect_printed(const char *line, const char *part) {
+    struct Text said = command_output(line);
+    expect_true(formatted("%s prints %s", line, part), strstr(said.data, part) != NULL);
+    for (const char *at = said.data; *at; at = line_after(at)) {
+        size_t columns = 0;
+        for (const char *c = at; *c && *c != '\n'; c++)
+            columns += (*c & 0xc0) != 0x80;
+        expect_true(formatted("%s: 80 columns: %.*s", line, (int)strcspn(at, "\n"), at),
+                    columns <= 80);
+    }
+}
+
+/* What the printing topics say, by hand; their lines, in both languages. */
+static void test_explain_print(void) {
+    const char *word = "explain bpe --tokenizer @tokenizer.bin";
+    expect_printed(word, "rank  2390 -> token  2646  \" film\"");
+    expect_printed("explain omega", "omega         -3.34   0.0354 = e^-3.34");
+    expect_printed("explain attention", "1.7225");
+    expect_printed("explain lora", "W_merged     0.9000   0.1000   1.9500");
+    expect_printed("explain adamw", "w     = w (1 - lr weight_decay) - step = 1.8800 * 0.99");
+    expect_printed("explain beam", "\" fun.\"       -1.2040 -0.1054 = -1.3093   ends: -1.3093 / 2");
+    expect_printed("explain backprop", "wte.d[\" is\"][0] = ");
+    static const char *const topics[] = {"bpe",   "omega", "attention", "lora",
+                                         "adamw", "beam",  "backprop"};
+    for (size_t i = 0; i < COUNT(topics); i++)
+        expect_printed(formatted("explain %s --language pt", topics[i]), "\n");
+}
+
+/* The numbers behind them, by formulas of their own. */
+static void test_explain_numbers(void) {
+    struct Json *said = json_output("explain attention --json");
+    double e[] = {1, exp(4 / sqrt(2)), exp(2 / sqrt(2))};
+    double total = e[0] + e[1] + e[2];
+    expect_list(said, "p_2", (double[]){e[0] / total, e[1] / total, e[2] / total}, 3, 1e-6);
+    expect_list(said, "out_2", (double[]){(2 * e[1] + e[2]) / total, (e[0] + e[2]) / total}, 2,
+                1e-6);
+    said = json_output("explain lora --json");
+    expect_list(said, "y_after", (double[]){1.9, 1.1, 2.95}, 3, 1e-6);
+    expect_list(said, "dA", (double[]){0, 0, 0}, 3, 0);
+    expect_list(said, "dA_next", (double[]){-0.45, -0.9, -0.45}, 3, 1e-6);
+    expect_list(said, "W_merged_0", (double[]){1 - 0.1, 0.1, 2 - 0.05}, 3, 1e-6);
+    said = json_output("explain adamw --json");
+    expect_list(said, "step_2",
+                (double[]){-0.1, 0.017, 0.00009991, 0.089473684, 0.049979990, 0.040022, 1.821178},
+                7, 1e-6);
+    said = json_output("explain beam --json");
+    expect_list(said, "best_2_1", (double[]){log(0.3 * 0.9) / 2}, 1, 1e-6);
+    expect_list(said, "best_1_1", (double[]){log(0.5 * 0.45 * 0.5) / 3}, 1, 1e-6);
+    expect_list(said, "best_2_2", (double[]){log(0.5 * 0.3 * 0.9) / 9}, 1, 1e-6);
+    said = json_output("explain omega --json");
+    expect_list(said, "chosen_logp", (double[]){-3.34}, 1, 1e-6);
+    expect_list(said, "sum", (double[]){1}, 1, 1e-6);
+}
+
+/* Both ways to wte add up, and to what the loss itself says. */
+static void test_explain_backprop(void) {
+    struct Json *wte = json_get(json_output("explain backprop --json"), "wte");
+    double number[4] = {0};
+    size_t n = 0;
+    for (struct Json *item = wte ? wte->child : NULL; item && n < 4; item = item->next)
+        number[n++] = item->number;
+    expect_count("numbers", n, 4);
+    expect_true("neither way is nothing", fabs(number[0]) > 0.01 && fabs(number[1]) > 0.01);
+    expect_close("both", number[0] + number[1], number[2], 1e-6);
+    expect_close("central difference", number[3], number[2], 1e-4);
+}
+
+/* A policy, a reference and a judge in folders of their own; two answers to "The film is". */
+static struct Json *explained(const char *topic, const char *flags) {
+    return json_output(formatted("explain %s --json --model_name_or_path @explained "
+                                 "--prompt 'The film is' %s",
+                                 topic, flags));
+}
+
+/* ppo's and dpo's numbers are those of batch_logprobs, ref_logprobs those of the reference. */
+static void test_explain_models(void) {
+    struct GPT2 *policy = random_model(300, 24, 12, 1, 3);
+    struct GPT2 *ref = random_model(300, 24, 12, 1, 3);
+    value_head_init(policy, 1);
+    model_save(policy, temporary("explained"), tokenizer);
+    model_save(ref, temporary("explained_ref"), tokenizer);
+    saved_model("explained_judge");
+    struct Example answer =
+        example_prompt_completion(&test_arena, tokenizer, text_of("The film is"),
+                                  text_of(" a lot of fun"), 300, NULL);
+    struct Batch batch = collate(&test_arena, &answer, 1, SKIP_LAST);
+    struct LMHead head = batch_logprobs(policy, &test_arena, &batch, 1, false);
+    struct LMHead ref_head = batch_logprobs(ref, &test_arena, &batch, 1, false);
+    double logprobs[24];
+    double ref_logprobs[24];
+    for (size_t r = 0; r < batch.R; r++) {
+        logprobs[r] = head.logprob[r];
+        ref_logprobs[r] = ref_head.logprob[r];
+    }
+    struct Json *ppo = explained("ppo", "--response ' a lot of fun' --ref_model @explained_ref "
+                                        "--reward_model_path @explained_judge --learning_rate "
+                                        "0.01");
+    struct Json *first = json_get(ppo, "answers") ? json_get(ppo, "answers")->child : NULL;
+    expect_list(first, "logprobs", logprobs, batch.R, 1e-6);
+    expect_list(first, "ref_logprobs", ref_logprobs, batch.R, 1e-6);
+    expect_true("the policy has moved",
+                json_get(first, "new_logprobs")
+                    && fabs(json_get(first, "new_logprobs")->child->number - logprobs[0]) > 1e-4);
+    struct Json *dpo = explained("dpo", "--response ' a lot of fun' --ref_model @explained_ref");
+    expect_list(dpo, "chosen_logprobs", logprobs, batch.R, 1e-6);
+    expect_list(dpo, "ref_chosen_logprobs", ref_logprobs, batch.R, 1e-6);
+}
+
+/* A flag that is missing, or that the topic has no use for, is named. */
+static void test_explain_model_flags(void) {
+    static const struct {
+        const char *line, *message;
+        int status;
+    } cases[] = {
+        {"explain ppo --prompt x", "needs --model_name_or_path", 2},
+        {"explain kl --model_name_or_path @m --prompt x", "--ref_model is needed", 2},
+        {"explain gae --model_name_or_path @m --prompt x", "--reward_model_path is needed", 2},
+        {"explain softmax --model_name_or_path @m", "--prompt is needed", 2},
+        {"explain softmax --model_name_or_path @m --prompt x --rejected y", "no use for it", 2},
+        {"explain lora --model_name_or_path @m --prompt x", "no table for real models", 2},
+        {"explain bpe --prompt ''", "a word of 1 to 12 bytes", 1},
+    };
+    for (size_t i = 0; i < COUNT(cases); i++)
+        expect_end(cases[i].line, run_command,
+                   words_of(formatted("%s --tokenizer @tokenizer.bin", cases[i].line)),
+                   cases[i].status, cases[i].message);
+}
+
 static const struct {
     const char *name;
     void (*run)(void);
@@ -9163,6 +9303,11 @@ static const struct {
     {"glossary_find", test_glossary_find},
     {"glossary_find_odd", test_glossary_find_odd},
     {"glossary_terms", test_glossary_terms},
+    {"explain_print", test_explain_print},
+    {"explain_numbers", test_explain_numbers},
+    {"explain_backprop", test_explain_backprop},
+    {"explain_models", test_explain_models},
+    {"explain_model_flags", test_explain_model_flags},
     {"fixtures_gradient", test_fixtures_gradient},
     {"fixtures_logprob", test_fixtures_logprob},
     {"fixtures_reward", test_fixtures_reward},
