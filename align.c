@@ -10762,7 +10762,7 @@ static const char *const BPE_TEXT[][2] = {
      "neighbours that form a token of the vocabulary together, those merge first whose token "
      "was learnt first: the lowest rank. So the same word always ends as the same tokens. "
      "(tokenizer_encode_word)",
-     "Byte-pair encoding. Uma palavra começa como seus bytes, cada um um token. De todos os "
+     "Byte-pair encoding. Uma palavra começa como seus bytes, cada um deles um token. De todos os "
      "vizinhos que juntos formam um token do vocabulário, juntam-se primeiro aqueles cujo "
      "token foi aprendido primeiro: o menor rank. Assim a mesma palavra sempre termina nos "
      "mesmos tokens. (tokenizer_encode_word)"},
@@ -10854,23 +10854,34 @@ static const char *const OMEGA_TEXT[][2] = {
      "linha soma a probabilidade do próprio primeiro token: o que vem depois só a reparte."},
 };
 
-/* One answer: its tokens' log-probabilities, and their sum. */
-static void tell_omega(struct Explain *x, const char *key, const char *const tokens[4],
-                       const float logprobs[4]) {
-    double sum = sequence_logprob(logprobs, 4);
-    line(x, "  %-10s %8s %8s", key, "log p", "p");
+/* Two answers side by side: their tokens' log-probabilities, and the sums of these. */
+static void tell_omegas(struct Explain *x) {
+    static const char *const tokens[2][4] = {{" a", " lot", " of", " fun"},
+                                             {" far", " too", " long", "."}};
+    static const float logprobs[2][4] = {{-0.79f, -1.80f, -0.05f, -0.70f},
+                                         {-1.79f, -0.60f, -0.80f, -0.50f}};
+    const float *c = logprobs[0];
+    float omega[2];
+    line(x, "  %-10s %8s %8s   %-10s %8s %8s", "chosen", "log p", "p", "rejected", "log p", "p");
     for (size_t t = 0; t < 4; t++)
-        line(x, "  %s %8.2f %8.4f", token_label(x, text_of(tokens[t]), 10), logprobs[t],
-             exp(logprobs[t]));
-    line(x, "  omega      %8.2f %8.4f = e^%.2f   sequence_logprob\n", sum, exp(sum), sum);
-    put_floats(x, arena_printf(x->arena, "%s_logprobs", key), logprobs, 4);
-    put_floats(x, arena_printf(x->arena, "%s_logp", key), (float[]){(float)sum}, 1);
+        line(x, "  %s %8.2f %8.4f   %s %8.2f %8.4f", token_label(x, text_of(tokens[0][t]), 10),
+             c[t], exp(c[t]), token_label(x, text_of(tokens[1][t]), 10), logprobs[1][t],
+             exp(logprobs[1][t]));
+
+    /* the sum of logarithms is the logarithm of the product */
+    for (size_t i = 0; i < 2; i++)
+        omega[i] = (float)sequence_logprob(logprobs[i], 4);
+    line(x, "  %-10s %8.2f %8.4f   %-10s %8.2f %8.4f", "omega", omega[0], exp(omega[0]), "omega",
+         omega[1], exp(omega[1]));
+    line(x, "  omega = %.2f + %.2f + %.2f + %.2f = %.2f   sequence_logprob", c[0], c[1], c[2], c[3],
+         omega[0]);
+    put_floats(x, "chosen_logprobs", c, 4);
+    put_floats(x, "rejected_logprobs", logprobs[1], 4);
+    put_floats(x, "omega", omega, 2);
 }
 
 /* explain omega -- the log-probability of a whole answer, and of all answers of two tokens. */
 static void explain_omega(struct Explain *x) {
-    static const char *const chosen[] = {" a", " lot", " of", " fun"};
-    static const char *const rejected[] = {" far", " too", " long", "."};
     static const char *const vocabulary[] = {" a", " far", " not", " so"};
     static const float first[] = {2, 1, 1.5f, 0.5f}; /* logits after the prompt */
     static const float second[][4] = /* logits after each of the four tokens */
@@ -10881,8 +10892,7 @@ static void explain_omega(struct Explain *x) {
 
     /* 1. One answer: a chain of choices. */
     tell(x, OMEGA_TEXT[0]);
-    tell_omega(x, "chosen", chosen, (float[]){-0.79f, -1.80f, -0.05f, -0.70f});
-    tell_omega(x, "rejected", rejected, (float[]){-1.79f, -0.60f, -0.80f, -0.50f});
+    tell_omegas(x);
 
     /* 2. All answers. */
     tell(x, OMEGA_TEXT[1]);
@@ -11179,7 +11189,7 @@ static void tell_adamw_step(struct Explain *x, size_t t, float g, float *w, floa
     float m_hat = *m * s.correction1;
     float v_hat = *v * s.correction2;
     float step = old_w * s.decay_factor - *w;
-    line(x, "  t = %zu, g = %.1f   adamw_piece", t, g);
+    line(x, "%s  t = %zu, g = %.1f   adamw_piece", t > 1 ? "\n" : "", t, g);
     line(x, "  m     = beta1 m + (1 - beta1) g   = 0.9 * %.4f + 0.1 * %.1f = %.4f", old_m, g, *m);
     line(x, "  v     = beta2 v + (1 - beta2) g^2 = 0.999 * %g + 0.001 * %.2f = %.8f", old_v, g * g,
          *v);
@@ -11187,7 +11197,7 @@ static void tell_adamw_step(struct Explain *x, size_t t, float g, float *w, floa
     line(x, "  v_hat = v / (1 - beta2^t) = %.8f / %.6f = %.6f", *v, 1 / s.correction2, v_hat);
     line(x, "  step  = lr m_hat / (sqrt(v_hat) + eps) = 0.1 * %.4f / %.4f = %.4f", m_hat,
          sqrtf(v_hat), step);
-    line(x, "  w     = w (1 - lr weight_decay) - step = %.4f * %.2f - %.4f = %.4f\n", old_w,
+    line(x, "  w     = w (1 - lr weight_decay) - step = %.4f * %.2f - %.4f = %.4f", old_w,
          s.decay_factor, step, *w);
     put_floats(x, arena_printf(x->arena, "step_%zu", t),
                (float[]){g, *m, *v, m_hat, v_hat, step, *w}, 7);
@@ -11217,7 +11227,7 @@ static const char *const BEAM_TEXT[][2] = {
      "the shortest would win. The best answer, and what other settings find; one beam is "
      "greedy decoding. (beam_search)",
      "O que termina é dividido por comprimento^length_penalty: cada token baixa a soma, e sem "
-     "isso venceria o mais curto. A melhor resposta, e o que outras configurações acham; um "
+     "isso venceria o mais curto. A melhor resposta, e o que outras configurações encontram; um "
      "só feixe é a decodificação gulosa. (beam_search)"},
 };
 

@@ -8948,7 +8948,7 @@ static void expect_printed(const char *line, const char *part) {
 static void test_explain_print(void) {
     const char *word = "explain bpe --tokenizer @tokenizer.bin";
     expect_printed(word, "rank  2390 -> token  2646  \" film\"");
-    expect_printed("explain omega", "omega         -3.34   0.0354 = e^-3.34");
+    expect_printed("explain omega", "omega         -3.34   0.0354   omega         -3.69   0.0250");
     expect_printed("explain attention", "1.7225");
     expect_printed("explain lora", "W_merged     0.9000   0.1000   1.9500");
     expect_printed("explain adamw", "w     = w (1 - lr weight_decay) - step = 1.8800 * 0.99");
@@ -8982,7 +8982,7 @@ static void test_explain_numbers(void) {
     expect_list(said, "best_1_1", (double[]){log(0.5 * 0.45 * 0.5) / 3}, 1, 1e-6);
     expect_list(said, "best_2_2", (double[]){log(0.5 * 0.3 * 0.9) / 9}, 1, 1e-6);
     said = json_output("explain omega --json");
-    expect_list(said, "chosen_logp", (double[]){-3.34}, 1, 1e-6);
+    expect_list(said, "omega", (double[]){-3.34, -3.69}, 2, 1e-6);
     expect_list(said, "sum", (double[]){1}, 1, 1e-6);
 }
 
