@@ -17229,8 +17229,9 @@ static void json_add_floats(struct Arena *arena, struct Json *parent, const char
 }
 
 /* The texts of n ids, which become the labels of rows. */
-static void json_add_tokens(struct Options *o, struct Json *parent, const int *ids, size_t n) {
-    struct Json *list = json_add(&o->arena, parent, "tokens", JSON_ARRAY);
+static void json_add_tokens(struct Options *o, struct Json *parent, const char *key, const int *ids,
+                            size_t n) {
+    struct Json *list = json_add(&o->arena, parent, key, JSON_ARRAY);
     for (size_t i = 0; i < n; i++)
         json_add(&o->arena, list, "", JSON_STRING)->string =
             tokenizer_decode(o->tok, ids[i], o->model->config.vocab_size);
@@ -17273,7 +17274,7 @@ static void example_of_next(struct Options *o, struct Json *example, const char 
         if (t < prompt.n)
             written[written_count++] = (float)i;
     }
-    json_add_tokens(o, example, ids, n);
+    json_add_tokens(o, example, "tokens", ids, n);
     json_add_floats(arena, example, is_kl ? "p_logits" : "logits", shown, n);
     if (strcmp(topic, "sampling") == 0)
         json_add_floats(arena, example, "ids", written, written_count);
@@ -17355,8 +17356,8 @@ static void example_add_answer(struct Options *o, struct Json *parent, const cha
     size_t n = rollout->response_length;
     if (list_has("ppo, reinforce", topic))
         json_add(&o->arena, parent, "score", JSON_NUMBER)->number = rollout->score;
-    if (!*side)
-        json_add_tokens(o, parent, rollout->example.ids + rollout->example.prompt_length, n);
+    json_add_tokens(o, parent, arena_printf(&o->arena, "%stokens", side),
+                    rollout->example.ids + rollout->example.prompt_length, n);
     for (size_t k = 0; k < COUNT(ANSWER_FIELDS); k++) {
         if (!list_has(ANSWER_FIELDS[k].topics, topic))
             continue;
@@ -17403,6 +17404,16 @@ static void example_of_answers(struct Options *o, struct Json *example, const ch
         example_add_answer(o, answer, topic, &rollouts[i], sides[i], p.start[i], columns);
     }
     rollout_trainer_free(trainer);
+}
+
+/* reward: the score of an answer, whose text the topic has no field for. */
+static void example_add_reward(struct Options *o, struct Json *example, const char *side,
+                               const struct Rollout *rollout) {
+    const struct Example *e = &rollout->example;
+    struct Text text =
+        tokenizer_decode_all(o->tok, &o->arena, e->ids, e->n, o->model->config.vocab_size);
+    json_add(&o->arena, example, side, JSON_NUMBER)->number = rollout->score;
+    say("%s: %s\n", side, text_shown(&o->arena, text, "").data);
 }
 
 #define TO_TWO_ANSWERS "prompt, response, rejected, seed, max_new_tokens"
@@ -17458,16 +17469,17 @@ static struct Json *example_of_models(struct Options *o, const char *topic) {
         load_reference(o);
     struct Json *example = arena_zeros(&o->arena, 1, sizeof *example);
     example->type = JSON_OBJECT;
-    json_add(&o->arena, example, "prompt", JSON_STRING)->string = text_of(o->prompt);
-    if (list_has("softmax, sampling, kl", topic)) {
-        example_of_next(o, example, topic);
-    } else if (strcmp(topic, "reward") == 0) {
+    if (strcmp(topic, "reward") == 0) {
         struct Rollout *rollouts = explain_answers(o);
-        json_add(&o->arena, example, "chosen", JSON_NUMBER)->number = rollouts[0].score;
-        json_add(&o->arena, example, "rejected", JSON_NUMBER)->number = rollouts[1].score;
-    } else {
-        example_of_answers(o, example, topic);
+        example_add_reward(o, example, "chosen", &rollouts[0]);
+        example_add_reward(o, example, "rejected", &rollouts[1]);
+        return example;
     }
+    json_add(&o->arena, example, "prompt", JSON_STRING)->string = text_of(o->prompt);
+    if (list_has("softmax, sampling, kl", topic))
+        example_of_next(o, example, topic);
+    else
+        example_of_answers(o, example, topic);
     return example;
 }
 static void json_write(FILE *file, const struct Json *json) {
