@@ -5672,7 +5672,7 @@ static void test_evaluation_kl(void) {
  * ============================================================================================= */
 
 /* =============================================================================================
- * Chapter 21 - Files, JSON
+ * Chapter 22 - Files, JSON
  *
  * What is JSON is read and what is not is refused with a reason; what is written is read back.
  * ============================================================================================= */
@@ -5882,7 +5882,7 @@ static void test_output_resume(void) {
 }
 
 /* =============================================================================================
- * Chapter 22 - Data sets, tokenizer.bin
+ * Chapter 23 - Data sets, tokenizer.bin
  *
  * Every shape and layout of a data set that TRL and datasets take, what is said of files that
  * are not read, and what a broken line, another format or a broken tokenizer.bin is answered
@@ -6336,7 +6336,7 @@ static void test_broken_tokenizer(void) {
 }
 
 /* =============================================================================================
- * Chapter 23 - safetensors, model and adapter folders
+ * Chapter 24 - safetensors, model and adapter folders
  *
  * Models and adapters are written and read as transformers and PEFT do it, bit for bit and under
  * every name they use. Files that are broken, or would compute something else, are refused.
@@ -7355,7 +7355,7 @@ static void test_first_not_finite(void) {
 }
 
 /* =============================================================================================
- * Chapter 24 - Progress, logs, checkpoints
+ * Chapter 25 - Progress, logs, checkpoints
  *
  * A run that goes on from a checkpoint ends as one that never stopped; what is no checkpoint of
  * it is refused, and a full disk destroys nothing that was there.
@@ -7784,7 +7784,7 @@ static void test_shell_word(void) {
 }
 
 /* =============================================================================================
- * Chapter 25 - Results
+ * Chapter 26 - Results
  *
  * The report of a run: its data, its page, and what is refused.
  * ============================================================================================= */
@@ -7889,7 +7889,7 @@ static void test_report_refusals(void) {
 }
 
 /* =============================================================================================
- * Chapter 26 - Command line
+ * Chapter 27 - Command line
  *
  * What a user may type, rightly or wrongly, and every command on a tiny model, each on what the
  * one before made.
@@ -9060,6 +9060,101 @@ static void test_explain_model_flags(void) {
                    cases[i].status, cases[i].message);
 }
 
+/* gae of the built-in example by hand, from the last token back: 0.4; 0.95 * 0.4 = 0.38;
+ * 0.1 + 0.95 * 0.38 = 0.461; -0.074 + 0.95 * 0.461 = 0.36395. The ratio of " fun" is e^0.3. */
+static void test_explain_example(void) {
+    struct Json *said = json_output("explain gae --json");
+    struct Json *first = json_get(said, "answers") ? json_get(said, "answers")->child : NULL;
+    expect_list(first, "deltas", (double[]){-0.074, 0.1, 0, 0.4}, 4, 1e-6);
+    expect_list(first, "raw_advantages", (double[]){0.36395, 0.461, 0.38, 0.4}, 4, 1e-6);
+    expect_list(first, "returns", (double[]){0.76395, 0.761, 0.88, 0.9}, 4, 1e-6);
+    said = json_output("explain ppo --json");
+    first = json_get(said, "answers") ? json_get(said, "answers")->child : NULL;
+    expect_list(first, "rewards", (double[]){0.026, -0.1, 0, 0.9}, 4, 1e-6);
+    expect_list(first, "ratios", (double[]){exp(0.1), exp(0.1), exp(0.01), exp(0.3)}, 4, 1e-6);
+    const struct Json *clipped =
+        json_get(first, "clipped") ? json_get(first, "clipped")->child : NULL;
+    for (size_t t = 0; clipped; t++, clipped = clipped->next)
+        expect_true("only the last token is clipped", (clipped->type == JSON_TRUE) == (t == 3));
+    /* the sampled token is where 0.6 lies: in the stretch of " a", which ends at 0.632 */
+    expect_close("token", json_number_or(json_output("explain sampling --json"), "token", -1), 0,
+                 0);
+}
+
+static const char *const EXAMPLE_TOPICS[] = {"softmax", "sampling", "kl",  "reward", "reinforce",
+                                             "gae",     "ppo",      "dpo", "exact"};
+
+/* What a topic prints is an example that gives the same again, and so is nothing at all. */
+static void test_explain_again(void) {
+    for (size_t i = 0; i < COUNT(EXAMPLE_TOPICS); i++) {
+        const char *line = formatted("explain %s --json", EXAMPLE_TOPICS[i]);
+        struct Text first = command_output(line);
+        FILE *file = fopen(temporary("explain.json"), "w");
+        fwrite(first.data, 1, first.length, file);
+        fclose(file);
+        struct Text again = command_output(formatted("%s --example @explain.json", line));
+        expect_true(formatted("%s is a fixed point", line), text_equal(first, again));
+        write_json("explain.json", "{}");
+        again = command_output(formatted("%s --example @explain.json", line));
+        expect_true(formatted("%s of {}", line), text_equal(first, again));
+    }
+}
+
+/* The text in both languages; with numbers and names that are as wide as they may be. */
+static void test_explain_text(void) {
+    expect_printed("explain gae", "delta = -0.1 + 1 * 0.5 - 0.3 = 0.1");
+    expect_printed("explain ppo", "= max(-1.1492, -1.0216) = -1.0216");
+    expect_printed("explain ppo --language pt", "cortado");
+    expect_printed("explain", "  gae        how a score");
+    for (size_t i = 0; i < COUNT(EXAMPLE_TOPICS); i++) {
+        expect_printed(formatted("explain %s", EXAMPLE_TOPICS[i]), "=");
+        expect_printed(formatted("explain %s --language pt", EXAMPLE_TOPICS[i]), "=");
+    }
+    write_json("explain.json",
+               "{'prompt': '\\u001b[31m a prompt that is a good deal longer than a terminal is "
+               "wide',"
+               "'answers': [{'tokens': ['\\u00e9\\u00e9\\u00e9\\u00e9\\u00e9\\u00e9\\u00e9\\u00e9"
+               "\\u00e9\\u00e9\\u00e9\\u00e9'], 'score': -999999.5, 'logprobs': [-79.123456],"
+               "'ref_logprobs': [-0.123456], 'values': [-123456.7], 'new_logprobs': [0],"
+               "'new_values': [999999.5]}]}");
+    expect_printed("explain ppo --example @explain.json", "answer 1");
+}
+
+/* An error names the file's field, and what was found. */
+static void test_explain_errors(void) {
+    static const struct {
+        const char *topic, *json, *message;
+    } cases[] = {
+        {"softmax", "{'temprature': 1}", "temprature: explain softmax has no field"},
+        {"softmax", "{'logits': 3}", "logits: a list [...] was expected; found: 3"},
+        {"softmax", "{'logits': [1, 'x']}", "logits[1]: a number was expected, from -300 to 300"},
+        {"softmax", "{'temperature': 0}", "temperature: a number was expected, from 0.001"},
+        {"softmax", "{'logits': [1e300]}", "logits[0]: a number was expected"},
+        {"softmax", "{'logits': [NaN]}", "NaN is not JSON"},
+        {"sampling", "{'ids': [4]}", "ids: id 4; logits has 4 items"},
+        {"sampling", "{'u': 1}", "u: a number was expected, from 0 to 0.999999999; found: 1"},
+        {"sampling", "{'tokens': ['a']}", "tokens: 1 items; 4 were expected"},
+        {"reinforce", "{'answers': [{'score': 'good'}]}", "answers[0].score: a number"},
+        {"reinforce", "{'answers': [{}]}", "baseline: rloo compares"},
+        {"gae", "{'answers': [{}, {'values': [1]}]}", "answers[1].values: 1 items; 4 were"},
+        {"gae", "{'answers': [{}, {}, {}]}", "answers[2].rewards: is missing"},
+        {"ppo", "{'answers': []}", "answers: an empty list"},
+        {"ppo", "{'answers': [[]]}", "answers[0]: an object {...} was expected; found: a list"},
+        {"exact", "{'ref_probabilities': [0.2, 0.2, 0.2]}", "they sum to 0.6; 1 was expected"},
+        {"kl", "[]", "a JSON object"},
+    };
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        write_json("explain.json", cases[i].json);
+        expect_end(cases[i].json, run_command,
+                   words_of(formatted("explain %s --example @explain.json", cases[i].topic)), 1,
+                   cases[i].message);
+    }
+    write_json("explain.json", "{}");
+    expect_end("print only", run_command, words_of("explain lora --example @explain.json"), 2,
+               "--example: explain lora has numbers of its own");
+    expect_end("no topic", run_command, words_of("explain gea"), 2, "there is no topic gea");
+}
+
 static const struct {
     const char *name;
     void (*run)(void);
@@ -9303,6 +9398,10 @@ static const struct {
     {"glossary_find", test_glossary_find},
     {"glossary_find_odd", test_glossary_find_odd},
     {"glossary_terms", test_glossary_terms},
+    {"explain_example", test_explain_example},
+    {"explain_again", test_explain_again},
+    {"explain_text", test_explain_text},
+    {"explain_errors", test_explain_errors},
     {"explain_print", test_explain_print},
     {"explain_numbers", test_explain_numbers},
     {"explain_backprop", test_explain_backprop},
