@@ -49,6 +49,9 @@ debug: align.c
 book:
 	python3 docs/tools/make_book.py
 
+figures: align
+	python3 docs/tools/make_figures.py
+
 # Where the program looks for them: ../share/align from its own folder.
 share = $(DESTDIR)$(PREFIX)/share/align
 
@@ -68,4 +71,4 @@ uninstall:
 clean:
 	rm -f align align_bench align_debug test_align
 
-.PHONY: run bench test check-all debug book install uninstall clean
+.PHONY: run bench test check-all debug book figures install uninstall clean
