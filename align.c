@@ -11898,6 +11898,25 @@ static struct SamplingSteps sampling_steps(struct Explain *x) {
     return s;
 }
 
+/* The running sums of what top-k has left, largest first: once one reaches top_p, the rest is
+ * cut. */
+static void tell_top_p(struct Explain *x, const struct SamplingSteps *s) {
+    struct Candidate *order = arena_alloc(x->arena, s->n, sizeof *order);
+    float *p = memcpy(arena_floats(x->arena, s->n), s->after_top_k, s->n * sizeof *p);
+    softmax(p, s->n);
+    for (size_t i = 0; i < s->n; i++)
+        order[i] = (struct Candidate){p[i], (int)i};
+    qsort(order, s->n, sizeof *order, compare_candidates_top_p);
+    const char *sums = "";
+    double sum = 0;
+    for (size_t i = 0; i < MIN(s->n, (size_t)6) && (i == 0 || sum < s->top_p); i++) {
+        /* top_p_cut looks at the sum before it adds the next: the token that reaches top_p stays */
+        sum += order[i].value;
+        sums = arena_printf(x->arena, "%s%s%s", sums, i ? ", " : "", D(sum));
+    }
+    line(x, "    %s %s", x->pt ? "somas:" : "sums:", sums);
+}
+
 /* The steps in words, each with a number. */
 static void tell_sampling_steps(struct Explain *x, const struct SamplingSteps *s) {
     tell(x, SAMPLING_TEXT[1]);
@@ -11920,6 +11939,7 @@ static void tell_sampling_steps(struct Explain *x, const struct SamplingSteps *s
     cut = x->pt ? "top_p %s: os maiores, até somarem %s"
                 : "top_p %s: the largest, until they hold %s";
     formula(x, arena_printf(x->arena, cut, D(s->top_p), D(s->top_p)), "top_p_cut");
+    tell_top_p(x, s);
 }
 
 /* explain sampling -- from logits to a drawn token. */
@@ -12188,12 +12208,14 @@ static void explain_reinforce(struct Explain *x) {
 
 static const char *const GAE_TEXT[][2] = {
     {"The score judges a whole answer, so it is known only at the end: it is part of the last "
-     "token's reward. GAE carries it to the tokens before. At each token it asks: how much "
+     "token's reward (the others are KL penalties). GAE carries it to the tokens before. At each "
+     "token it asks: how much "
      "better did it go than the value head expected? That surprise is delta. A token's advantage "
      "is its own delta plus gamma * lam times the advantage of the token after it. So GAE runs "
      "backwards: read each table from its last row up.",
      "A pontuação julga a resposta inteira, por isso só é conhecida no fim: faz parte da "
-     "recompensa do último token. GAE a leva aos tokens anteriores. A cada token pergunta: foi "
+     "recompensa do último token (as outras são penalidades de KL). GAE a leva aos tokens "
+     "anteriores. A cada token pergunta: foi "
      "quanto melhor do que a cabeça de valor esperava? Essa surpresa é delta. A vantagem de um "
      "token é seu próprio delta mais gamma * lam vezes a vantagem do token seguinte. Por isso GAE "
      "anda de trás para frente: leia cada tabela da última linha para cima."},
@@ -12600,7 +12622,7 @@ static struct DPOSide tell_dpo_side(struct Explain *x, const char *side, double 
                COUNT(columns));
     line(x, "  %-12s%9.4f%9.4f%9.4f   sequence_logprob", x->pt ? "soma" : "sum", s.logp, s.ref_logp,
          s.logp - s.ref_logp);
-    line(x, "  reward_%s = beta * (log pi - log ref) = %s * %s = %s\n", side, D(beta),
+    line(x, "  reward_%s = beta * logratio = %s * %s = %s\n", side, D(beta),
          OP(s.logp - s.ref_logp), D(reward));
     put_number(x, x->example, arena_printf(x->arena, "%s_logp", side), s.logp);
     put_number(x, x->example, arena_printf(x->arena, "ref_%s_logp", side), s.ref_logp);
@@ -12627,7 +12649,7 @@ static void explain_dpo(struct Explain *x) {
     /* label_smoothing e adds a second term, for the case that the pair was labelled wrongly */
     x->begun = false;
     tell(x, DPO_TEXT[1]);
-    formula(x, "delta = (log pi - log ref)(chosen) - (...)(rejected)", "dpo_pair_loss");
+    formula(x, "delta = logratio(chosen) - logratio(rejected)", "dpo_pair_loss");
     line(x, "        = %s - %s = %s", D(chosen.logp - chosen.ref_logp),
          OP(rejected.logp - rejected.ref_logp), D(delta));
     formula(x, "loss  = -log sigmoid(beta * delta)", e > 0 ? "dpo_smoothed_pair" : "dpo_pair_loss");
