@@ -65,6 +65,7 @@
  * opens chapter 17, then the functions it names. How is a token chosen? Chapter 6. By term:
  * [glossary: TERM] marks the place where a term is implemented. The terms are those of the course's
  * glossary, in Portuguese, and a few more; `align glossary TERM` prints an entry in both languages.
+ * With numbers: `align explain` takes one example through all of it, step by step (chapter 21).
  *
  * What the comments refer to. TRL, transformers and PEFT are Hugging Face's libraries; this program
  * uses their names, formats and numbers. "By hand" is a case to check with a calculator. A "test:"
@@ -12197,7 +12198,7 @@ static void explain_reinforce(struct Explain *x) {
     formula(x, "loss = -1/n sum_i A_i log pi(y_i)", "reinforce_loss");
     line(x, "       = %s", D(loss));
     for (size_t b = 0; b < a.n; b++) {
-        line(x, "  dlogps of %s %zu = -A / n = %s / %zu = %s", x->pt ? "resposta" : "answer", b + 1,
+        line(x, "  dlogps (%s %zu) = -A / n = %s / %zu = %s", x->pt ? "resposta" : "answer", b + 1,
              D(-advantages[b]), a.n, D(dlogps[b]));
         put_number(x, a.object[b], "dlogps", dlogps[b]);
     }
@@ -12561,7 +12562,10 @@ static void tell_ppo_value(struct Explain *x, const struct Answers *a, const str
     line(x, "        = %s", D(c->dvalue[t]));
 
     tell(x, PPO_TEXT[4]);
-    formula(x, "policy_loss, value_loss: the means of both loss columns", "ppo_loss");
+    formula(x,
+            x->pt ? "policy_loss, value_loss: médias das colunas loss"
+                  : "policy_loss, value_loss: means of the loss columns",
+            "ppo_loss");
     line(x, "              = %s     value_loss = %s", D(c->total.policy), D(c->total.value));
     line(x, "  loss        = policy_loss + vf_coef * value_loss");
     line(x, "              = %s + %s * %s = %s", D(c->total.policy), D(c->config.vf_coef),
