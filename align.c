@@ -11826,10 +11826,10 @@ static void explain_softmax(struct Explain *x) {
 
 static const char *const SAMPLING_TEXT[][2] = {
     {"How a token is chosen. The logits pass through one processor after the other, in the order "
-     "of transformers; what a column cuts (-) is never drawn. The last column are the "
+     "of transformers; what a column cuts (-) is never drawn. The last column holds the "
      "probabilities of the draw: softmax of what is left.",
      "Como um token é escolhido. Os logits passam por um processador após o outro, na ordem da "
-     "transformers; o que uma coluna corta (-) nunca é sorteado. A última coluna são as "
+     "biblioteca transformers; o que uma coluna corta (-) nunca é sorteado. A última coluna são as "
      "probabilidades do sorteio: softmax do que restou."},
     {"Step by step:", "Passo a passo:"},
     {"The draw. Each token owns a stretch of the line from 0 to 1, as long as its probability. "
@@ -11898,6 +11898,25 @@ static struct SamplingSteps sampling_steps(struct Explain *x) {
     return s;
 }
 
+/* The running sums of what top-k has left, largest first: once one reaches top_p, the rest is
+ * cut. */
+static void tell_top_p(struct Explain *x, const struct SamplingSteps *s) {
+    struct Candidate *order = arena_alloc(x->arena, s->n, sizeof *order);
+    float *p = memcpy(arena_floats(x->arena, s->n), s->after_top_k, s->n * sizeof *p);
+    softmax(p, s->n);
+    for (size_t i = 0; i < s->n; i++)
+        order[i] = (struct Candidate){p[i], (int)i};
+    qsort(order, s->n, sizeof *order, compare_candidates_top_p);
+    const char *sums = "";
+    double sum = 0;
+    for (size_t i = 0; i < MIN(s->n, (size_t)6) && (i == 0 || sum < s->top_p); i++) {
+        /* top_p_cut looks at the sum before it adds the next: the token that reaches top_p stays */
+        sum += order[i].value;
+        sums = arena_printf(x->arena, "%s%s%s", sums, i ? ", " : "", D(sum));
+    }
+    line(x, "    %s %s", x->pt ? "somas:" : "sums:", sums);
+}
+
 /* The steps in words, each with a number. */
 static void tell_sampling_steps(struct Explain *x, const struct SamplingSteps *s) {
     tell(x, SAMPLING_TEXT[1]);
@@ -11920,6 +11939,7 @@ static void tell_sampling_steps(struct Explain *x, const struct SamplingSteps *s
     cut = x->pt ? "top_p %s: os maiores, até somarem %s"
                 : "top_p %s: the largest, until they hold %s";
     formula(x, arena_printf(x->arena, cut, D(s->top_p), D(s->top_p)), "top_p_cut");
+    tell_top_p(x, s);
 }
 
 /* explain sampling -- from logits to a drawn token. */
@@ -12187,24 +12207,30 @@ static void explain_reinforce(struct Explain *x) {
 /* ---- gae ------------------------------------------------------------------------------------ */
 
 static const char *const GAE_TEXT[][2] = {
-    {"The score judges a whole answer, so it is known only at the end: it is part of the last "
-     "token's reward. GAE carries it to the tokens before. At each token it asks: how much "
-     "better did it go than the value head expected? That surprise is delta. A token's advantage "
-     "is its own delta plus gamma * lam times the advantage of the token after it. So GAE runs "
-     "backwards: read each table from its last row up.",
-     "A pontuação julga a resposta inteira, por isso só é conhecida no fim: faz parte da "
-     "recompensa do último token. GAE a leva aos tokens anteriores. A cada token pergunta: foi "
-     "quanto melhor do que a cabeça de valor esperava? Essa surpresa é delta. A vantagem de um "
-     "token é seu próprio delta mais gamma * lam vezes a vantagem do token seguinte. Por isso GAE "
-     "anda de trás para frente: leia cada tabela da última linha para cima."},
-    {"Answer 1, from its last token to its first. After the last one nothing more comes: its "
-     "next value and next advantage are 0.",
+    {"The score judges a whole answer. It is known only at the end, so it is part of the last "
+     "token's reward; the other rewards are KL penalties. GAE carries it to the earlier tokens. "
+     "At each token it asks: how much better did it go than the value head expected?",
+     "A pontuação julga a resposta inteira. Só é conhecida no fim, por isso faz parte da "
+     "recompensa do último token; as outras recompensas são penalidades de KL. GAE a leva aos "
+     "tokens anteriores. A cada token pergunta: foi quanto melhor do que a cabeça de valor "
+     "esperava?"},
+    {"value is what the head expected before this token, next what it expects after it. delta is "
+     "the surprise. raw A is the token's advantage: its own delta, plus gamma * lam times the "
+     "raw A of the token after it. So GAE runs backwards: read each table from its last row up.",
+     "value é o que a cabeça esperava antes deste token; próximo, o que espera depois dele. delta "
+     "é a surpresa. raw A é a vantagem do token: seu próprio delta, mais gamma * lam vezes o raw "
+     "A do token seguinte. Por isso GAE anda de trás para frente: leia cada tabela da última "
+     "linha para cima."},
+    {"Answer 1, from its last token to its first. After the last one nothing more comes: its next "
+     "value and next advantage are 0.",
      "A resposta 1, do último token ao primeiro. Depois do último não vem mais nada: seu próximo "
      "valor e sua próxima vantagem são 0."},
-    {"How much of the last token's reward reaches each token: (gamma * lam)^k, k tokens before "
-     "the end. With lam 0 only what the value head says would travel, with lam 1 all of it.",
-     "Quanto da recompensa do último token chega a cada token: (gamma * lam)^k, k tokens antes do "
-     "fim. Com lam 0 viajaria só o que a cabeça de valor diz; com lam 1, tudo."},
+    {"So the last token's reward reaches the token k places before it times (gamma * lam)^k. "
+     "With lam 0 it would not travel at all: earlier tokens would learn of the score only as the "
+     "value head learns to expect it.",
+     "Assim a recompensa do último token chega ao token k posições antes dele multiplicada por "
+     "(gamma * lam)^k. Com lam 0 ela não viajaria: os tokens anteriores só saberiam da pontuação "
+     "à medida que a cabeça de valor aprende a esperá-la."},
     {"Return and whitening. The return is what the value head should have said: its guess, "
      "corrected by the surprise. Last, the raw advantages of all answers together get mean 0 and "
      "variance 1, so that the learning rate need not know the scale of the scores. That is A.",
@@ -12272,7 +12298,7 @@ static void tell_gae_steps(struct Explain *x, const struct Answers *a, const str
                            const struct GaeCells *g) {
     size_t T = a->start[1];
     size_t shown = MIN(T, (size_t)TOKENS_BY_HAND);
-    tell(x, GAE_TEXT[1]);
+    tell(x, GAE_TEXT[2]);
     formula(x, "delta = reward + gamma * next_value - value", "gae_step");
     formula(x, "raw A = delta + gamma * lam * next raw A", "gae");
     for (size_t t = T; t-- > T - shown;) {
@@ -12283,7 +12309,7 @@ static void tell_gae_steps(struct Explain *x, const struct Answers *a, const str
         line(x, "  raw A = %s + %s * %s * %s = %s", D(g->delta[t]), D(g->gamma), D(g->lam),
              OP(t + 1 < T ? g->raw[t + 1] : 0), D(g->raw[t]));
     }
-    tell(x, GAE_TEXT[2]);
+    tell(x, GAE_TEXT[3]);
     double share = 1;
     for (size_t t = T; t-- > T - shown; share *= g->gamma * g->lam)
         line(x, "  %-12s (%s * %s)^%zu = %s", first_label(x, a, t), D(g->gamma), D(g->lam),
@@ -12293,7 +12319,7 @@ static void tell_gae_steps(struct Explain *x, const struct Answers *a, const str
 /* Token 0 of answer 1: what it should have been worth, and its advantage on the common scale. */
 static void tell_gae_ends(struct Explain *x, const struct Answers *a, const struct PPOBatch *p,
                           const struct GaeCells *g) {
-    tell(x, GAE_TEXT[3]);
+    tell(x, GAE_TEXT[4]);
     formula(x,
             arena_printf(x->arena, "return = raw A + value                 %s",
                          first_label(x, a, 0)),
@@ -12321,6 +12347,7 @@ static void explain_gae(struct Explain *x) {
         {.head = "A", .at = g.advantage, .name = "advantages"},
     };
     tell(x, GAE_TEXT[0]);
+    tell(x, GAE_TEXT[1]);
     tell_prompt(x);
     tell_answers(x, &a, columns, COUNT(columns));
     tell_gae_steps(x, &a, &p, &g);
@@ -12330,14 +12357,16 @@ static void explain_gae(struct Explain *x) {
 /* ---- ppo ------------------------------------------------------------------------------------ */
 
 static const char *const PPO_TEXT[][2] = {
-    {"A step of PPO with these answers. 1. A reward for every token: it pays kl_coef for each "
-     "nat by which the policy finds the token more probable than the reference does (kl), and "
-     "earns where it finds it less probable. Whether the answer is good is known only when it is "
-     "complete: the score is added at the last token.",
-     "Um passo do PPO com estas respostas. 1. Uma recompensa para cada token: ele paga kl_coef "
+    {"A step of PPO with these answers. 1. A reward for every token. It pays kl_coef for each nat "
+     "by which the policy finds the token more probable than the reference does (kl), and earns "
+     "where it finds it less probable: a single kl may be negative, its mean over what the "
+     "policy writes is not. Whether the answer is good is known only when it is complete: the "
+     "score is added at the last token.",
+     "Um passo do PPO com estas respostas. 1. Uma recompensa para cada token. Ele paga kl_coef "
      "por nat que a política o acha mais provável do que a referência acha (kl), e ganha onde o "
-     "acha menos provável. Se a resposta é boa só se sabe quando está completa: a pontuação é "
-     "somada no último token."},
+     "acha menos provável: um kl isolado pode ser negativo, sua média sobre o que a política "
+     "escreve, não. Se a resposta é boa só se sabe quando está completa: a pontuação é somada no "
+     "último token."},
     {"2. Advantages: GAE carries the score to the earlier tokens (align explain gae shows how). "
      "A > 0: better than expected.",
      "2. Vantagens: GAE leva a pontuação aos tokens anteriores (align explain gae mostra como). "
@@ -12346,12 +12375,14 @@ static const char *const PPO_TEXT[][2] = {
      "was written. At the first update nothing has moved yet: every ratio is 1, each loss is -A, "
      "and their mean is 0, since A has mean 0; the gradient is not 0. Here some updates have "
      "been made. Once a ratio has left 1 +- cliprange in the direction of A, the token is "
-     "clipped: its slope is 0, and this batch moves it no further.",
+     "clipped: its slope is 0, and this batch moves it no further. (slope: of the mean loss, by "
+     "new.)",
      "3. A atualização. A razão (ratio) diz quantas vezes mais provável o token é agora (new) do "
      "que quando foi escrito. Na primeira atualização nada se moveu ainda: toda razão é 1, cada "
      "perda é -A, e a média delas é 0, pois A tem média 0; o gradiente não é 0. Aqui algumas "
      "atualizações já foram feitas. Quando uma razão sai de 1 +- cliprange na direção de A, o "
-     "token é cortado: sua inclinação é 0, e este lote não o move mais."},
+     "token é cortado: sua inclinação é 0, e este lote não o move mais. (inclin.: da perda média, "
+     "em relação a new.)"},
     {"4. The value head learns to say the return; its clip, cliprange_value, works in the same "
      "way: where it has moved further than that towards the return, its slope is 0.",
      "4. A cabeça de valor aprende a dizer o retorno; seu corte, cliprange_value, funciona do "
@@ -12600,7 +12631,7 @@ static struct DPOSide tell_dpo_side(struct Explain *x, const char *side, double 
                COUNT(columns));
     line(x, "  %-12s%9.4f%9.4f%9.4f   sequence_logprob", x->pt ? "soma" : "sum", s.logp, s.ref_logp,
          s.logp - s.ref_logp);
-    line(x, "  reward_%s = beta * (log pi - log ref) = %s * %s = %s\n", side, D(beta),
+    line(x, "  reward_%s = beta * logratio = %s * %s = %s\n", side, D(beta),
          OP(s.logp - s.ref_logp), D(reward));
     put_number(x, x->example, arena_printf(x->arena, "%s_logp", side), s.logp);
     put_number(x, x->example, arena_printf(x->arena, "ref_%s_logp", side), s.ref_logp);
@@ -12627,7 +12658,7 @@ static void explain_dpo(struct Explain *x) {
     /* label_smoothing e adds a second term, for the case that the pair was labelled wrongly */
     x->begun = false;
     tell(x, DPO_TEXT[1]);
-    formula(x, "delta = (log pi - log ref)(chosen) - (...)(rejected)", "dpo_pair_loss");
+    formula(x, "delta = logratio(chosen) - logratio(rejected)", "dpo_pair_loss");
     line(x, "        = %s - %s = %s", D(chosen.logp - chosen.ref_logp),
          OP(rejected.logp - rejected.ref_logp), D(delta));
     formula(x, "loss  = -log sigmoid(beta * delta)", e > 0 ? "dpo_smoothed_pair" : "dpo_pair_loss");
@@ -19093,6 +19124,9 @@ static void command_explain(struct Options *o) {
     };
     for (size_t i = 0; i < COUNT(TOPICS) && !o->file; i++)
         printf("  %-10s %s\n", TOPICS[i].name, x.pt ? TOPICS[i].pt : TOPICS[i].en);
+    if (!o->file)
+        printf("\n%s explain %s [--json] [--example FILE] [--language en|pt]\n", program_name,
+               x.pt ? "TEMA" : "TOPIC");
     if (!o->file)
         return;
     const struct Topic *topic = find_topic(o->file);

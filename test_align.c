@@ -8917,6 +8917,254 @@ static void test_fixtures_reward(void) {
 }
 
 /* =============================================================================================
+ * Explain
+ *
+ * The example that align explain has built in, as TRL, torch and transformers compute it in double:
+ * golden.py, part F, which also says what was given to them. docs/tools/check_explain.py reads the
+ * numbers here, and holds what align explain --json prints, and its own formulas, to them.
+ * ============================================================================================= */
+
+static const float golden_explain_logits[4] = {2, 1, 1.5f, 0.5f};
+
+static const double golden_explain_softmax[4] = {0.455054234, 0.167405097, 0.276004345,
+                                                 0.101536324};
+static const double golden_explain_log_sum_exp = 2.78733867;
+static const double golden_explain_entropy = 1.24505043;
+
+/* torch's softmax, logsumexp and Categorical.entropy. */
+static void test_explain_golden_softmax(void) {
+    float p[4];
+    memcpy(p, golden_explain_logits, sizeof p);
+    float lse = softmax(p, 4);
+    expect_floats("probabilities", p, golden_explain_softmax, 4, 1e-7);
+    expect_close("log_sum_exp", lse, golden_explain_log_sum_exp, 1e-6);
+    expect_close("entropy", entropy_of_logits(golden_explain_logits, lse, 4),
+                 golden_explain_entropy, 1e-6);
+    expect_count("argmax", argmax(golden_explain_logits, 4), 0);
+}
+
+static const double golden_explain_penalized[4] = {2.0, 1.0, 1.25, 0.5};
+static const double golden_explain_scaled[4] = {2.85714286, 1.42857143, 1.78571429, 0.714285714};
+static const double golden_explain_top_k[4] = {2.85714286, 1.42857143, 1.78571429, -INFINITY};
+static const double golden_explain_top_p[4] = {2.85714286, 1.42857143, 1.78571429, -INFINITY};
+static const double golden_explain_drawn[4] = {0.632043376, 0.15146985, 0.216486774, 0.0};
+static const double golden_explain_tied[4] = {-INFINITY, -INFINITY, 0.0, 0.0};
+
+/* Each processor of transformers, then all of them. */
+static void test_explain_golden_sampling(void) {
+    struct GenerationConfig config = sampling(0.7, 3, 0.9);
+    float x[4];
+    memcpy(x, golden_explain_logits, sizeof x);
+    process_repetition_penalty(x, 4, (int[]){2}, 1, 1.2);
+    expect_floats("penalty 1.2 for id 2", x, golden_explain_penalized, 4, 1e-6);
+    for (size_t v = 0; v < 4; v++)
+        expect_close("temperature 0.7", x[v] / 0.7, golden_explain_scaled[v], 1e-6);
+    process_logits(x, 4, &config, NULL, 0, 0, 0);
+    for (size_t v = 0; v < 4; v++)
+        expect_close("what top-k and top-p leave", x[v], golden_explain_top_p[v], 1e-6);
+    softmax(x, 4);
+    expect_floats("their probabilities", x, golden_explain_drawn, 4, 2e-7);
+    float tied[4] = {0};
+    process_top_p(tied, 4, 0.5, 1);
+    for (size_t v = 0; v < 4; v++)
+        expect_close("of equal logits the later ones stay", tied[v], golden_explain_tied[v], 0);
+    memcpy(x, (float[]){2 / 0.7f, 1 / 0.7f, 1.25f / 0.7f, 0.5f / 0.7f}, sizeof x);
+    process_top_k(x, 4, 3);
+    for (size_t v = 0; v < 4; v++)
+        expect_close("top-k alone", x[v], golden_explain_top_k[v], 1e-6);
+}
+
+static const double golden_explain_kl = 0.0112439662;
+static const double golden_explain_k1[4] = {-0.128206084, 0.0717939158, 0.0717939158, 0.371793916};
+static const double golden_explain_k3[4] = {0.00858116825, 0.00251659909, 0.00251659909,
+                                            0.061290238};
+static const double golden_explain_mean_k3 = 0.0112439662;
+
+/* torch's kl_divergence; the estimates from each token that could be drawn. */
+static void test_explain_golden_kl(void) {
+    static const float ref_logits[4] = {2, 0.8f, 1.3f, 0};
+    float scratch[4];
+    float p_lse = log_sum_exp(golden_explain_logits, 4, scratch);
+    float q_lse = log_sum_exp(ref_logits, 4, scratch);
+    double mean_k3 = 0;
+    expect_close("kl", kl_exact(golden_explain_logits, p_lse, ref_logits, q_lse, 4),
+                 golden_explain_kl, 5e-7);
+    for (size_t v = 0; v < 4; v++) {
+        double log_p = golden_explain_logits[v] - p_lse;
+        double log_q = ref_logits[v] - q_lse;
+        expect_close("k1", kl_k1(log_p, log_q), golden_explain_k1[v], 1e-6);
+        expect_close("k3", kl_k3(log_p, log_q), golden_explain_k3[v], 1e-6);
+        mean_k3 += exp(log_p) * kl_k3(log_p, log_q);
+    }
+    expect_close("the mean of k3", mean_k3, golden_explain_mean_k3, 1e-6);
+    expect_close("is the KL", golden_explain_mean_k3, golden_explain_kl, 1e-10);
+}
+
+static const double golden_explain_reward[4] = {0.832018385, 0.183900741, -0.167981615,
+                                                0.167981615};
+static const double golden_explain_reward_margin[4] = {0.832018385, 0.288935325, -0.241739894,
+                                                       0.257739894};
+
+/* torch's logsigmoid, slopes by autograd. */
+static void test_explain_golden_reward(void) {
+    struct PairLoss plain = bradley_terry_pair(1, -0.6, 0, 0);
+    struct PairLoss margin = bradley_terry_pair(1, -0.6, 0.5, 0.01);
+    expect_doubles("no margin",
+                   (double[]){sigmoid(1.6), plain.loss, plain.dchosen, plain.drejected},
+                   golden_explain_reward, 4, 1e-8);
+    expect_doubles("margin 0.5, centred with 0.01",
+                   (double[]){sigmoid(1.6), margin.loss, margin.dchosen, margin.drejected},
+                   golden_explain_reward_margin, 4, 1e-8);
+}
+
+static const float golden_explain_logprobs[8] = {-0.79f, -1.8f, -0.05f, -0.7f,
+                                                 -1.79f, -0.6f, -0.8f,  -0.5f};
+static const float golden_explain_ref_logprobs[8] = {-0.66f, -2.3f, -0.05f, -1.2f,
+                                                     -1.86f, -0.7f, -0.7f,  -0.5f};
+
+static const double golden_explain_reinforce_reward[2] = {0.826, -0.614};
+static const double golden_explain_reinforce_advantage[2] = {1.44, -1.44};
+static const double golden_explain_reinforce_loss = -0.252;
+static const double golden_explain_reinforce_dlogps[2] = {-0.72, 0.72};
+
+/* Leave one out as in TRL's RLOOTrainer, slopes by autograd. */
+static void test_explain_golden_reinforce(void) {
+    float rewards[2], advantages[2];
+    double logps[2], dlogps[2];
+    for (size_t b = 0; b < 2; b++) {
+        logps[b] = sequence_logprob(golden_explain_logprobs + 4 * b, 4);
+        double ref_logp = sequence_logprob(golden_explain_ref_logprobs + 4 * b, 4);
+        rewards[b] = (float)reinforce_reward((double[]){1, -0.6}[b], 0.2, logps[b], ref_logp);
+    }
+    reinforce_advantages(BASELINE_RLOO, rewards, 2, 2, 0, advantages);
+    double loss = reinforce_loss(advantages, logps, 2, dlogps);
+    expect_floats("rewards", rewards, golden_explain_reinforce_reward, 2, 2e-7);
+    expect_floats("advantages", advantages, golden_explain_reinforce_advantage, 2, 4e-7);
+    expect_close("loss", loss, golden_explain_reinforce_loss, 1e-6);
+    expect_doubles("slopes", dlogps, golden_explain_reinforce_dlogps, 2, 2e-7);
+}
+
+static const double golden_explain_ppo_kl[8] = {-0.13, 0.5, 0.0, 0.5, 0.07, 0.1, -0.1, 0.0};
+static const double golden_explain_ppo_rewards[8] = {0.026,  -0.1,  0,    0.9,
+                                                     -0.014, -0.02, 0.02, -0.6};
+static const double golden_explain_ppo_raw_advantages[8] = {0.36395,   0.461,   0.38,  0.4,
+                                                            -0.961925, -0.4715, -0.37, -0.2};
+static const double golden_explain_ppo_returns[8] = {0.76395,   0.761,   0.88,  0.9,
+                                                     -0.561925, -0.5715, -0.57, -0.6};
+static const double golden_explain_ppo_advantages[8] = {0.783122307,  0.966808828, 0.81350014,
+                                                        0.851354137,  -1.72636111, -0.798133783,
+                                                        -0.606024748, -0.284265774};
+static const double golden_explain_ppo_ratios[8] = {1.10517092,  1.10517092,  1.01005017,
+                                                    1.34985881,  0.860707976, 0.951229425,
+                                                    0.980198673, 1.0};
+static const int golden_explain_ppo_clipped[8] = {0, 0, 0, 1, 0, 0, 0, 0};
+static const double golden_explain_ppo_token_losses[8] = {-0.865483999, -1.068489,  -0.821675952,
+                                                          -1.02162496,  1.48589278, 0.759208339,
+                                                          0.594024654,  0.284265774};
+static const double golden_explain_ppo_dlogprobs[8] = {-0.1081855,   -0.133561125, -0.102709494,
+                                                       0.0,          0.185736597,  0.0949010424,
+                                                       0.0742530818, 0.0355332217};
+static const double golden_explain_ppo_value_losses[8] = {0.0492823013, 0.0844605,   0.0392, 0.02,
+                                                          0.511996103,  0.088831125, 0.0512, 0.005};
+static const double golden_explain_ppo_dvalues[8] = {-0.003924375, -0.0051375, -0.0035, 0.0,
+                                                     0.0126490625, 0.00526875, 0.004,   0.00125};
+static const double golden_explain_ppo_loss[3] = {-0.0817352967, 0.106246254, -0.0711106714};
+
+/* compute_rewards, compute_advantages and loss of TRL's PPOTrainer. */
+static void test_explain_golden_ppo(void) {
+    struct RolloutTrainer ppo = {.ppo.config = ppo_config(), .kl_coef = 0.2};
+    float column[5][8], raw_advantages[8];
+    struct PPOBatch p = {
+        .B = 2,
+        .R = 8,
+        .start = (size_t[]){0, 4, 8},
+        .padding = (size_t[]){0, 0},
+        .values = (float[]){0.4f, 0.3f, 0.5f, 0.5f, 0.4f, -0.1f, -0.2f, -0.4f},
+        .kl = column[0],
+        .non_score_rewards = column[1],
+        .rewards = column[2],
+        .advantages = column[3],
+        .returns = column[4],
+    };
+    p.logprobs = memcpy(arena_floats(&test_arena, 8), golden_explain_logprobs,
+                        sizeof golden_explain_logprobs);
+    p.ref_logprobs = memcpy(arena_floats(&test_arena, 8), golden_explain_ref_logprobs,
+                            sizeof golden_explain_ref_logprobs);
+    ppo_rewards(&ppo, &p, (float[]){1, -0.6f});
+    ppo_advantages(&ppo.ppo.config, &p);
+    for (size_t t = 0; t < 8; t++)
+        raw_advantages[t] = p.returns[t] - p.values[t];
+    expect_floats("kl", p.kl, golden_explain_ppo_kl, 8, 2e-7);
+    expect_floats("rewards", p.rewards, golden_explain_ppo_rewards, 8, 1e-7);
+    expect_floats("raw advantages", raw_advantages, golden_explain_ppo_raw_advantages, 8, 3e-7);
+    expect_floats("returns", p.returns, golden_explain_ppo_returns, 8, 3e-7);
+    expect_floats("advantages", p.advantages, golden_explain_ppo_advantages, 8, 1e-6);
+
+    static const float logprobs[] = {-0.69f, -1.7f, -0.04f, -0.4f, -1.94f, -0.65f, -0.82f, -0.5f};
+    static const float values[] = {0.45f, 0.35f, 0.6f, 0.85f, 0.45f, -0.15f, -0.25f, -0.5f};
+    struct PPOTokens tokens = tokens_of(&p, 8, logprobs, values);
+    struct PPOLoss loss = ppo_loss(&ppo.ppo.config, &tokens);
+    for (size_t t = 0; t < 8; t++) {
+        expect_close("ratio", tokens.policy[t].ratio, golden_explain_ppo_ratios[t], 3e-7);
+        expect_count("clipped", tokens.policy[t].is_clipped, (size_t)golden_explain_ppo_clipped[t]);
+        expect_close("token loss", tokens.policy[t].loss, golden_explain_ppo_token_losses[t], 2e-6);
+        expect_close("value loss", tokens.value[t].loss, golden_explain_ppo_value_losses[t], 5e-7);
+    }
+    expect_floats("d log-probability", tokens.dlogprobs, golden_explain_ppo_dlogprobs, 8, 2e-7);
+    expect_floats("d value", tokens.dvalues, golden_explain_ppo_dvalues, 8, 1e-8);
+    expect_doubles("losses", (double[]){loss.policy, loss.value, loss.total},
+                   golden_explain_ppo_loss, 3, 1e-6);
+}
+
+static const double golden_explain_dpo[5] = {0.653946967, -0.048001066, 0.048001066, 0.087, 0.007};
+static const double golden_explain_dpo_smoothed[5] = {0.661946967, -0.038001066, 0.038001066, 0.087,
+                                                      0.007};
+
+/* TRL's dpo_loss. */
+static void test_explain_golden_dpo(void) {
+    struct DPOSide side[2] = {{.length = 4}, {.length = 4}};
+    for (size_t b = 0; b < 2; b++) {
+        side[b].logp = sequence_logprob(golden_explain_logprobs + 4 * b, 4);
+        side[b].ref_logp = sequence_logprob(golden_explain_ref_logprobs + 4 * b, 4);
+    }
+    struct DPOConfig config = {.beta = 0.1, .weight = {[DPO_SIGMOID] = 1}};
+    for (int smoothed = 0; smoothed < 2; smoothed++) {
+        config.label_smoothing = smoothed ? 0.1 : 0;
+        double loss = dpo_loss(&config, 1, &side[0], &side[1]);
+        expect_doubles(smoothed ? "label_smoothing 0.1" : "none",
+                       (double[]){loss, side[0].dlogp, side[1].dlogp,
+                                  implied_reward(0.1, side[0].logp, side[0].ref_logp),
+                                  implied_reward(0.1, side[1].logp, side[1].ref_logp)},
+                       smoothed ? golden_explain_dpo_smoothed : golden_explain_dpo, 5, 5e-8);
+    }
+}
+
+static const double golden_explain_Z = 2.06816948;
+static const double golden_explain_optimum[3] = {0.714550346, 0.0436899704, 0.241759684};
+static const double golden_explain_objective_ref = 0.02;
+static const double golden_explain_objective_max = 0.363331954;
+
+/* torch's kl_divergence; the objective at the optimum. */
+static void test_explain_golden_exact(void) {
+    double ref_logps[] = {log(0.2), log(0.3), log(0.5)};
+    double optimum[3];
+    struct ExactWorld w = {
+        .n = 3,
+        .r = (double[]){1, -0.6, 0},
+        .beta = 0.5,
+        .logps = {ref_logps, optimum},
+    };
+    w.log_Z = exact_optimum(ref_logps, w.r, 3, 0.5, optimum);
+    expect_close("Z", exp(w.log_Z), golden_explain_Z, 1e-8);
+    for (size_t i = 0; i < 3; i++)
+        expect_close("optimum", exp(optimum[i]), golden_explain_optimum[i], 1e-9);
+    expect_close("objective of the reference", exact_figures(&w, ref_logps).objective,
+                 golden_explain_objective_ref, 1e-9);
+    expect_close("of the optimum", exact_figures(&w, optimum).objective,
+                 golden_explain_objective_max, 1e-9);
+}
+
+/* =============================================================================================
  * The table of tests, main
  * ============================================================================================= */
 
@@ -9426,6 +9674,14 @@ static const struct {
     {"fixtures_gradient", test_fixtures_gradient},
     {"fixtures_logprob", test_fixtures_logprob},
     {"fixtures_reward", test_fixtures_reward},
+    {"explain_golden_softmax", test_explain_golden_softmax},
+    {"explain_golden_sampling", test_explain_golden_sampling},
+    {"explain_golden_kl", test_explain_golden_kl},
+    {"explain_golden_reward", test_explain_golden_reward},
+    {"explain_golden_reinforce", test_explain_golden_reinforce},
+    {"explain_golden_ppo", test_explain_golden_ppo},
+    {"explain_golden_dpo", test_explain_golden_dpo},
+    {"explain_golden_exact", test_explain_golden_exact},
 };
 
 static bool is_test(const char *name) {
