@@ -9286,6 +9286,22 @@ static void test_explain_models(void) {
     struct Json *dpo = explained("dpo", "--response ' a lot of fun' --ref_model @explained_ref");
     expect_list(dpo, "chosen_logprobs", logprobs, batch.R, 1e-6);
     expect_list(dpo, "ref_chosen_logprobs", ref_logprobs, batch.R, 1e-6);
+
+    /* the text of each topic, whatever the models' numbers are */
+    static const char *const lines[] = {"bpe", "attention", "softmax", "sampling", "dpo"};
+    for (size_t i = 0; i < COUNT(lines); i++)
+        expect_printed(formatted("explain %s --model_name_or_path @explained --prompt 'The film'",
+                                 lines[i]),
+                       "\n");
+    static const char *const judged[] = {"reward", "reinforce", "gae", "ppo"};
+    for (size_t i = 0; i < COUNT(judged); i++)
+        expect_printed(formatted("explain %s --model_name_or_path @explained --prompt 'The film' "
+                                 "--reward_model_path @explained_judge --language pt",
+                                 judged[i]),
+                       "\n");
+    expect_printed("explain kl --model_name_or_path @explained --prompt 'The film' "
+                   "--ref_model @explained_ref --top_n 3",
+                   "\n");
 }
 
 /* A flag that is missing, or that the topic has no use for, is named. */
