@@ -2,6 +2,7 @@
 # make test      builds and runs tests    make debug  ./align_debug for gdb: no optimisation, one thread
 # make book      docs/book.html: align.c for reading        make check-all  every instrument, about an hour
 # make bench     how fast this machine is; BENCH="--n_layer 2 --json": bench's flags (docs/tools/bench.c)
+# make figures   docs/figures, from the numbers of `align explain`
 # make install   PREFIX=/usr/local DESTDIR=: the program, and beside it what it reads      make uninstall
 # CFLAGS, CPPFLAGS, LDFLAGS and LDLIBS are yours, from the environment too; they come after the flags that align needs.
 CC ?= cc
@@ -36,6 +37,10 @@ run: align
 
 bench: align_bench
 	@./align_bench $(BENCH)
+
+.PHONY: figures
+figures: align
+	python3 docs/tools/make_figures.py
 
 test: test_align
 	./test_align
