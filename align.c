@@ -64,8 +64,7 @@
  * learn at all? Chapters 9, 10, 11, 15. How does a gradient reach the embedding? The drawing that
  * opens chapter 17, then the functions it names. How is a token chosen? Chapter 6. By term:
  * [glossary: TERM] marks the place where a term is implemented. The terms are those of the course's
- * glossary, in Portuguese, and a few more; `align glossary TERM` prints an entry in both languages.
- * With numbers: `align explain` takes one example through all of it, step by step (chapter 21).
+ * glossary; `align glossary TERM` prints one. With numbers: `align explain TOPIC`, chapter 21.
  *
  * What the comments refer to. TRL, transformers and PEFT are Hugging Face's libraries; this program
  * uses their names, formats and numbers. "By hand" is a case to check with a calculator. A "test:"
