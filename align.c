@@ -70,10 +70,10 @@
  * Other paths. What is a policy, an omega, a rollout? Chapters 4, 2, 17. How does a transformer
  * learn at all? Chapters 9, 10, 11, 15. How does a gradient reach the embedding? The drawing at
  * struct Batch (chapter 8: which row predicts which token), then the one that opens chapter 17 and
- * the functions it names. How is a token chosen? Chapter 6. By term:
- * [glossary: TERM] marks the places where a term is at work. The terms are those of the course's
- * glossary, in Portuguese, and a few more; `align glossary TERM` prints an entry in both languages.
- * With numbers: `align explain` takes one example through all of it, step by step (chapter 21).
+ * the functions it names. How is a token chosen? Chapter 6. By term: [glossary: TERM] marks the
+ * places where a term is at work. The terms are those of the course's glossary, and a few more;
+ * `align glossary TERM` prints one in both languages. With numbers: `align explain TOPIC` takes one
+ * example through it all (chapter 21).
  *
  * What the comments refer to. TRL, transformers and PEFT are Hugging Face's libraries; this program
  * uses their names, formats and numbers. "By hand" is a case to check with a calculator. A "test:"
@@ -12859,7 +12859,7 @@ static const struct Topic {
      "penalidade, temperatura, top-k, top-p e o sorteio", explain_sampling},
     {"omega", "the log-probability of a whole answer",
      "a log-probabilidade de uma resposta inteira", explain_omega},
-    {"kl", "how far the policy is from the reference", "quão longe a política está da referência",
+    {"kl", "how far the policy is from the reference", "a que distância a política está",
      explain_kl},
     {"reward", "what a reward model learns from a pair",
      "o que um modelo de recompensa aprende com um par", explain_reward},
