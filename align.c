@@ -3903,8 +3903,8 @@ static struct MatrixOut head_columns(struct MatrixOut all, const struct Attentio
     return matrix_out_block(all, head->row, head->column, head->T, head->HS);
 }
 
-/* attention_softmax -- pass 3 for query t: p (t1) contains scores on entry and probabilities
- * afterwards. Returns the scores' log-sum-exp.                                 test: attention */
+/* attention_softmax -- pass 3 for query t: p (t1), t < t1, contains the scores of t1 keys on entry
+ * and probabilities afterwards. Returns the scores' log-sum-exp.               test: attention */
 static float attention_softmax(float *p, size_t t, size_t t1) {
     /* Only t + 1 numbers, the keys up to the query's own: that is the mask of the future. */
     float lse = softmax(p, t + 1);
@@ -3915,8 +3915,9 @@ static float attention_softmax(float *p, size_t t, size_t t1) {
 }
 
 /* attention_forward_head -- the four passes, ATTENTION_ROWS queries at a time.
- * out  the head's columns of out (N,C) and its numbers in lse (N,NH): log sum_j e^(score_tj), all
- *      that the backward pass needs to recompute p
+ * out  out (N,C), of all heads and sequences: only this head's columns and rows are written
+ *      (head_columns); its numbers in lse (N,NH), at lse_place: log sum_j e^(score_tj), all that the
+ *      backward pass needs to recompute p
  *                             test: attention_hand, attention; gdb: break attention_forward_head */
 static void attention_forward_head(struct MatrixOut out, float *lse,
                                    const struct AttentionHead *head) {

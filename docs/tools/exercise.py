@@ -28,6 +28,7 @@ import tempfile
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 HERE = os.path.dirname(os.path.abspath(__file__))
 TODO = "    /* TODO: write this function; the comment above it says what it must do. */\n"
+TOY = "--json --quiet --vocab_size 2 --max_new_tokens 2 --n_layer 1 --n_embd 8".split()
 MAKEFILE = """# make check     builds and runs the tests that judge %(name)s
 # make solution  the difference between this align.c and the original
 check:
@@ -160,7 +161,8 @@ def check(entry):
         sys.exit("exercise.py: the compiler refused exercise/%s/align.c" % entry["name"])
     for number, test in enumerate(entry["tests"], 1):
         said, passed = run_test(folder, test)
-        print("%d/%d %s: %s" % (number, len(entry["tests"]), test, "passed" if passed else "FAILED"))
+        verdict = "passed" if passed else "FAILED"
+        print("%d/%d %s: %s" % (number, len(entry["tests"]), test, verdict))
         if not passed:
             lines = [line for line in said.splitlines() if not line.startswith("FAILED")]
             print("".join("    %s\n" % line for line in lines[:5]), end="")
@@ -191,7 +193,7 @@ class Proof:
             self.failures.append(line)
 
     def failing(self, name, align, tests):
-        """Which of the tests do not pass with this align.c? A word of the compiler if it refuses."""
+        """Which of the tests do not pass with this align.c? Or what the compiler says."""
         folder = os.path.join(self.work, name)
         os.mkdir(folder)
         refused = make_program(folder, align)
@@ -227,20 +229,40 @@ class Proof:
                      for text in answers(n)] for n in questions}
 
         def one(name):
-            change = self.table["break"][name]
-            start, _, end = find_function(source, change["function"])
-            body = source[start:end]
-            for old, new in change["change"]:
-                if body.count(old) != 1:
-                    return "%s is in %s %d times" % (old, change["function"], body.count(old))
-                body = body.replace(old, new)
-            return self.failing(name, source[:start] + body + source[end:], named[name][0])
+            question = self.table["break"][name]
+            align = broken_program(source, question)
+            return (self.failing(name, align, named[name][0]),
+                    self.toy(name, align, question.get("exact", [])))
 
-        for name, failing in zip(questions, self.pool.map(one, questions)):
+        for name, (failing, toy) in zip(questions, self.pool.map(one, questions)):
             same = named[name][0] == named[name][1] and set(named[name][0]) <= known
             self.report(bool(failing) and same and failing == named[name][0],
-                        "%-4s %s, changed, fails %s" % (name, self.table["break"][name]["function"],
-                                                       failing))
+                        "%-4s %s, changed, fails %s" % (
+                            name, self.table["break"][name]["function"],
+                            failing if isinstance(failing, str) else " ".join(failing)))
+            self.numbers(name, "exact", toy)
+
+    def toy(self, name, align, paths):
+        """What align exact of a broken program says at these paths."""
+        if not paths:
+            return []
+        folder = os.path.join(self.work, name + "_exact")
+        os.mkdir(folder)
+        write(folder, "align.c", align)
+        if build(folder, "align", "-O1"):
+            return []
+        said = subprocess.check_output([os.path.join(folder, "align"), "exact"] + TOY, cwd=ROOT,
+                                       env=dict(os.environ, OMP_NUM_THREADS="1"))
+        return [at(json.loads(said), path) for path in paths]
+
+    def numbers(self, name, source, want):
+        """The bold numbers of an answer, in both languages, are these?"""
+        for text in answers(name):
+            found = re.findall(r"\*\*(-?\d+(?:[.,]\d+)?)\*\*", text)
+            good = len(found) == len(want) and all(map(agrees, found, want))
+            if found or want:
+                self.report(good, "%-4s %s: the answer says %s, align %s" % (
+                    name, source, " ".join(found), " ".join("%.6g" % x for x in want)))
 
     def predicted(self):
         questions = [n for n in self.table["predict"] if self.chosen(n)]
@@ -252,14 +274,21 @@ class Proof:
             self.report(False, refused)
             return
         for name in questions:
-            want = [explained(self.work, self.table["predict"][name], path)
-                    for path in self.table["predict"][name]["read"]]
-            for text in answers(name):
-                found = re.findall(r"\*\*(-?\d+(?:[.,]\d+)?)\*\*", text)
-                good = len(found) == len(want) and all(map(agrees, found, want))
-                self.report(good, "%-4s %s: the answer says %s, align %s" % (
-                    name, self.table["predict"][name]["topic"], " ".join(found),
-                    " ".join("%.6g" % x for x in want)))
+            question = self.table["predict"][name]
+            changed = explained(self.work, question)
+            self.numbers(name, question["topic"], [at(changed, path) for path in question["read"]])
+
+
+def broken_program(source, question):
+    """align.c with the lines of one function changed as a question says."""
+    start, _, end = find_function(source, question["function"])
+    body = source[start:end]
+    for old, new in question["change"]:
+        if body.count(old) != 1:
+            sys.exit("exercise.py: %s stands %d times in %s; exercises.json wants to change it" % (
+                old.strip(), body.count(old), question["function"]))
+        body = body.replace(old, new)
+    return source[:start] + body + source[end:]
 
 
 def answers(name):
@@ -280,27 +309,25 @@ def agrees(written, number):
     return abs(float(written) - number) <= 0.5 * 10.0 ** -digits + 1e-9
 
 
-def place(example, path):
-    """The list or object that holds the last name of answers.0.score, and that name."""
-    names = [int(n) if n.isdigit() else n for n in path.split(".")]
-    for name in names[:-1]:
-        example = example[name]
-    return example, names[-1]
+def at(example, path):
+    """What an object holds at answers.0.score, say."""
+    for name in path.split("."):
+        example = example[int(name) if name.isdigit() else name]
+    return example
 
 
-def explained(folder, question, path):
-    """What align explain says at path, once the built-in example is changed as in question."""
+def explained(folder, question):
+    """What align explain says once the built-in example is changed as in the question."""
     def explain(*flags):
         command = [os.path.join(folder, "align"), "explain", question["topic"], "--json"]
         return json.loads(subprocess.check_output(command + list(flags), cwd=ROOT))
 
     example = explain()
-    for changed, value in question["change"].items():
-        inside, name = place(example, changed)
-        inside[name] = value
+    for path, value in question["change"].items():
+        inside, _, last = path.rpartition(".")
+        (at(example, inside) if inside else example)[last] = value
     write(folder, "example.json", json.dumps(example))
-    inside, name = place(explain("--example", os.path.join(folder, "example.json")), path)
-    return inside[name]
+    return explain("--example", os.path.join(folder, "example.json"))
 
 
 def prove(table, words, jobs):
