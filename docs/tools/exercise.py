@@ -110,8 +110,10 @@ def run_test(folder, test):
         return "%s: it did not end within 120 seconds\n" % test, False
     said = done.stdout.decode(errors="replace")
     if done.returncode < 0:
-        said += "%s: it crashed (%s)\n" % (test, signal.Signals(-done.returncode).name)
-    return said, done.returncode == 0 and " 0 failed" in said and not said.startswith("0 passed")
+        return said + "%s: it crashed (%s)\n" % (test, signal.Signals(-done.returncode).name), False
+    # a name selects all tests that begin so: only this one counts
+    passed = not re.search("^FAILED %s:" % test, said, re.M) and not said.startswith("0 passed")
+    return said, passed
 
 
 def make_program(folder, align):
@@ -164,7 +166,7 @@ def check(entry):
         verdict = "passed" if passed else "FAILED"
         print("%d/%d %s: %s" % (number, len(entry["tests"]), test, verdict))
         if not passed:
-            lines = [line for line in said.splitlines() if not line.startswith("FAILED")]
+            lines = [line for line in said.splitlines() if line.startswith(test + ":")]
             print("".join("    %s\n" % line for line in lines[:5]), end="")
             hint = entry["hint_pt" if portuguese() else "hint"]
             print("%s: %s" % ("Dica" if portuguese() else "Hint", hint))
@@ -203,7 +205,9 @@ class Proof:
 
     def original(self):
         """No test that an exercise or an answer names may fail as it is."""
-        tests = sorted({test for entry in self.table["functions"] for test in entry["tests"]})
+        tests = sum([entry["tests"] for entry in self.table["functions"]]
+                    + [named_tests(name) for name in self.table["break"]], [])
+        tests = sorted(set(tests))
         failing = self.failing("original", read("align.c"), tests)
         self.report(not failing, "the original passes %d tests%s" % (len(tests), failing or ""))
 
@@ -223,20 +227,16 @@ class Proof:
 
     def broken(self):
         source = read("align.c")
-        known = set(re.findall(r'^    \{"(\w+)", test_', read("test_align.c"), re.M))
         questions = [n for n in self.table["break"] if self.chosen(n)]
-        named = {n: [re.findall(r"`(\w+)`", re.match(r"[^.:]*", text).group(0))
-                     for text in answers(n)] for n in questions}
 
         def one(name):
             question = self.table["break"][name]
             align = broken_program(source, question)
-            return (self.failing(name, align, named[name][0]),
+            return (self.failing(name, align, named_tests(name)),
                     self.toy(name, align, question.get("exact", [])))
 
         for name, (failing, toy) in zip(questions, self.pool.map(one, questions)):
-            same = named[name][0] == named[name][1] and set(named[name][0]) <= known
-            self.report(bool(failing) and same and failing == named[name][0],
+            self.report(failing and failing == named_tests(name),
                         "%-4s %s, changed, fails %s" % (
                             name, self.table["break"][name]["function"],
                             failing if isinstance(failing, str) else " ".join(failing)))
@@ -295,11 +295,19 @@ def answers(name):
     """The answer to a question, in English and in Portuguese."""
     found = []
     for path in ("docs/exercises.md", "docs/exercises.pt-BR.md"):
-        answer = re.search(r"^- \*\*%s\.\*\* (.*)$" % name, read(path), re.M)
-        if not answer:
-            sys.exit("exercise.py: %s has no answer to %s" % (path, name))
-        found.append(answer.group(1))
+        lines = re.findall(r"^- \*\*%s\.\*\* (.*)$" % name, read(path), re.M)
+        if len(lines) != 2:
+            sys.exit("exercise.py: %s should have %s twice, question and answer" % (path, name))
+        found.append(lines[1])
     return found
+
+
+def named_tests(name):
+    """The tests that the first sentence of the answer to a broken function names."""
+    both = [re.findall(r"`(\w+)`", re.match(r"[^.]*", text).group(0)) for text in answers(name)]
+    if both[0] != both[1]:
+        sys.exit("exercise.py: the two answers to %s name different tests" % name)
+    return both[0]
 
 
 def agrees(written, number):
