@@ -167,7 +167,7 @@ def check(entry):
         print("%d/%d %s: %s" % (number, len(entry["tests"]), test, verdict))
         if not passed:
             lines = [line for line in said.splitlines() if line.startswith(test + ":")]
-            print("".join("    %s\n" % line for line in lines[:5]), end="")
+            print("".join("    %s\n" % line for line in (lines or said.splitlines())[:5]), end="")
             hint = entry["hint_pt" if portuguese() else "hint"]
             print("%s: %s" % ("Dica" if portuguese() else "Hint", hint))
             sys.exit(1)
@@ -275,8 +275,13 @@ class Proof:
             return
         for name in questions:
             question = self.table["predict"][name]
-            changed = explained(self.work, question)
-            self.numbers(name, question["topic"], [at(changed, path) for path in question["read"]])
+            try:
+                changed = explained(self.work, question)
+                want = [at(changed, path) for path in question["read"]]
+            except (subprocess.CalledProcessError, KeyError, IndexError) as error:
+                self.report(False, "%-4s %s: %s" % (name, question["topic"], error))
+                continue
+            self.numbers(name, question["topic"], want)
 
 
 def broken_program(source, question):
