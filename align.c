@@ -36,13 +36,14 @@
  *     6 Choosing a token                     12 LoRA
  *                                            13 Writing: sampling, beam search
  *   Part III, training                      Part IV, the program
- *    14 Optimizer, schedule, Trainer         21 Files, JSON
- *    15 Language model, SFT                  22 Data sets, tokenizer.bin
- *    16 Reward model                         23 safetensors, model and adapter folders
- *    17 Rollouts, REINFORCE, PPO             24 Progress, logs, checkpoints
- *    18 DPO, collected preferences           25 Results
- *    19 Exact: a world to enumerate          26 Command line, main
+ *    14 Optimizer, schedule, Trainer         22 Files, JSON
+ *    15 Language model, SFT                  23 Data sets, tokenizer.bin
+ *    16 Reward model                         24 safetensors, model and adapter folders
+ *    17 Rollouts, REINFORCE, PPO             25 Progress, logs, checkpoints
+ *    18 DPO, collected preferences           26 Results
+ *    19 Exact: a world to enumerate          27 Command line, main
  *    20 The whole course (rlhf)
+ *    21 One example, number by number
  *
  * RLHF in 600 lines. Read the essays that open chapters 2 to 5, then these functions in this
  * order, each with its comment. That is the whole idea:
@@ -149,7 +150,7 @@
 #pragma GCC diagnostic ignored "-Wunknown-pragmas"
 #endif
 
-/* Windows (mingw-w64) has some of POSIX under other names: see the end of chapter 26. */
+/* Windows (mingw-w64) has some of POSIX under other names: see the end of chapter 27. */
 #ifdef _WIN32
 #include <direct.h>
 #include <malloc.h>
@@ -205,10 +206,10 @@ static bool quiet; /* --quiet: no progress on stderr; errors are still printed *
 static const char *program_name = "align";
 /* appended to error messages: how to resume a training that fails */
 static char resume_hint[PATH_MAX + 80];
-static const char *staged_folder; /* half written: deleted if the program fails (chapter 21) */
+static const char *staged_folder; /* half written: deleted if the program fails (chapter 22) */
 static void folder_delete(const char *folder);
 
-/* How messages look on a terminal, and the clock: chapter 24. */
+/* How messages look on a terminal, and the clock: chapter 25. */
 static void PRINTF_LIKE(2, 0)
     complain(const char *start, const char *format, va_list arguments, const char *end);
 static void PRINTF_LIKE(1, 2) say(const char *format, ...); /* progress: not with --quiet */
@@ -1914,25 +1915,29 @@ static void process_logits(float *logits, size_t V, const struct GenerationConfi
         process_top_p(logits, V, config->top_p, min_keep);
 }
 
+/* token_at -- in whose stretch of the line from 0 to 1 does u lie?
+ * in   p (V): probabilities; u in [0, 1)                      test: generate_distribution */
+static int token_at(const float *p, size_t V, double u) {
+    /* a token that was cut owns no stretch, so it is never drawn */
+    double sum = 0;
+    for (size_t v = 0; v < V; v++) {
+        sum += p[v];
+        if (u < sum)
+            return (int)v;
+    }
+    /* rounding has left the sum slightly below 1, and u fell into the gap */
+    return (int)argmax(p, V);
+}
+
 /* sample_token -- one draw from softmax(logits).                  [glossary: Amostragem]
  * A uniform number u in [0, 1) is drawn; probabilities are added up in the order of the ids, and
  * the token is the one at which the running sum passes u: a token of probability 0.3 owns 0.3 of
  * the line from 0 to 1. Afterwards `logits` holds probabilities.
  * By hand: p = (0.2, 0.5, 0.3), u = 0.6: 0.2, 0.7 > 0.6: id 1.     test: generate_distribution */
 static int sample_token(float *logits, size_t V, struct Rng *rng) {
-    /* 1. A point on the line from 0 to 1; each token owns a stretch as long as its probability. */
+    /* a point on the line from 0 to 1; each token owns a stretch as long as its probability */
     softmax(logits, V);
-    double u = rng_uniform(rng);
-
-    /* 2. In whose stretch is it? A token that was cut owns none, so it is never drawn. */
-    double sum = 0;
-    for (size_t v = 0; v < V; v++) {
-        sum += logits[v];
-        if (u < sum)
-            return (int)v;
-    }
-    /* rounding has left the sum slightly below 1, and u fell into the gap */
-    return (int)argmax(logits, V);
+    return token_at(logits, V, rng_uniform(rng));
 }
 
 /* =============================================================================================
@@ -2028,7 +2033,7 @@ static void *grow(void *items, size_t n, size_t *capacity, size_t size) {
 
 /* ---- The vocabulary ------------------------------------------------------------------------- */
 
-/* TOKENIZER_MAGIC and _VERSION are the first numbers of tokenizer.bin (chapter 22). The first 256
+/* TOKENIZER_MAGIC and _VERSION are the first numbers of tokenizer.bin (chapter 23). The first 256
  * ids of a vocabulary are the bytes, but in GPT-2's own order: byte_token of struct Tokenizer. */
 enum { TOKENIZER_MAGIC = 20240328, TOKENIZER_VERSION = 2, BYTE_TOKENS = 256 };
 /* The classes of characters that GPT-2's rule for words distinguishes. */
@@ -2270,19 +2275,11 @@ static void pieces_merge(struct WordPieces *word, int32_t left, int id) {
     pieces_offer(word, left);
 }
 
-/* tokenizer_encode_word -- byte-pair encoding of one word [11].
- * in   bytes (n); word: with room for n pieces and 3n heap entries
- * out  ids: room for n; returns how many there are
- * By hand: " lovely": " l" (300), "ve" (303), "ly" (306), "ove" (659), " love" (1842), at last
- * " lovely" (14081). With V = 1025 it stops at 300 659 306, since 1842 is outside.
- * docs/debugging.md has a tour through it.
- *            test: tokenizer_cases, tokenizer_small, tokenizer_plain; gdb: break pieces_merge */
-static size_t tokenizer_encode_word(struct WordPieces *word, const unsigned char *bytes, size_t n,
-                                    int *ids) {
-    /* 1. One piece for each byte, and every pair of neighbours that can merge. */
-    struct Piece *piece = word->piece;
+/* Step 1 of tokenizer_encode_word: one piece for each of n bytes, and in the heap every pair of
+ * neighbours that can merge. */
+static void pieces_start(struct WordPieces *word, const unsigned char *bytes, size_t n) {
     for (size_t i = 0; i < n; i++)
-        piece[i] = (struct Piece){
+        word->piece[i] = (struct Piece){
             .id = word->tok->byte_token[bytes[i]],
             .prev = (int32_t)i - 1,
             .next = i + 1 < n ? (int32_t)i + 1 : -1,
@@ -2290,6 +2287,28 @@ static size_t tokenizer_encode_word(struct WordPieces *word, const unsigned char
     word->heap_size = 0;
     for (size_t i = 0; i + 1 < n; i++)
         pieces_offer(word, (int32_t)i);
+}
+
+/* The ids of the pieces that are left, from left to right; returns how many there are. The first is
+ * always piece 0, since a piece only ever merges into its left neighbour. */
+static size_t pieces_ids(const struct WordPieces *word, int *ids) {
+    size_t count = 0;
+    for (int32_t i = 0; i >= 0; i = word->piece[i].next)
+        ids[count++] = word->piece[i].id;
+    return count;
+}
+
+/* tokenizer_encode_word -- byte-pair encoding of one word [11].
+ * in   bytes (n); word: with room for n pieces and 3n heap entries
+ * out  ids: room for n; returns how many there are
+ * By hand: " lovely": " l" (300), "ve" (303), "ly" (306), "ove" (659), " love" (1842), at last
+ * " lovely" (14081). With V = 1025 it stops at 300 659 306, since 1842 is outside.
+ * docs/debugging.md has a tour through it; `align explain bpe` prints each merge.
+ *            test: tokenizer_cases, tokenizer_small, tokenizer_plain; gdb: break pieces_merge */
+static size_t tokenizer_encode_word(struct WordPieces *word, const unsigned char *bytes, size_t n,
+                                    int *ids) {
+    /* 1. One piece for each byte, and every pair of neighbours that can merge. */
+    pieces_start(word, bytes, n);
 
     /* 2. The merge that was learnt first, again and again, until none is left: in this order the
      *    vocabulary was learnt, so in this order its tokens are found. */
@@ -2298,12 +2317,8 @@ static size_t tokenizer_encode_word(struct WordPieces *word, const unsigned char
         pieces_merge(word, (int32_t)(entry & 0xffffffff), (int)(entry >> 32));
     }
 
-    /* 3. What remains in the list are the tokens. The first is always piece 0, since a piece only
-     *    ever merges into its left neighbour. */
-    size_t count = 0;
-    for (int32_t i = 0; i >= 0; i = piece[i].next)
-        ids[count++] = piece[i].id;
-    return count;
+    /* 3. What remains in the list are the tokens. */
+    return pieces_ids(word, ids);
 }
 
 /* tokenizer_encode -- text to ids.                [glossary: Tokenização de conjunto de dados]
@@ -10025,7 +10040,7 @@ static void exact_run(struct ExactWorld *w, double beta) {
  * trained on: all figures are measured there.
  * ============================================================================================= */
 
-/* From chapter 25: the results, as files, as a web page, and on the terminal. */
+/* From chapter 26: the results, as files, as a web page, and on the terminal. */
 struct Course;
 static void course_write(struct Course *course, double seconds);
 static void report_at_end(struct Arena *arena, const char *dir);
@@ -10632,7 +10647,7 @@ static void course_run(struct Course *course, const struct Dataset *data,
         course->result[k] = policy_measure(*policy[k], &exam, &course->arena);
     }
 
-    /* 3. What came of it: chapter 25. */
+    /* 3. What came of it: chapter 26. */
     course_write(course, seconds_now() - begin);
     report_at_end(&course->arena, course->output_dir);
     course_print(course);
@@ -10645,6 +10660,2139 @@ static void course_run(struct Course *course, const struct Dataset *data,
 }
 
 /* =============================================================================================
+ * Chapter 21 - One example, number by number
+ *
+ * What do all these formulas do to actual numbers? `align explain TOPIC` takes one example through
+ * a piece of the course and prints every number on the way, with its formula and the function that
+ * computes it; small enough for a pocket calculator. The example is the same throughout: after the
+ * prompt "The film is" two answers of four tokens, a chosen and a rejected one.
+ *
+ *     align explain gae --json > gae.json        the example's numbers, and what came of them
+ *     (change a reward in gae.json)
+ *     align explain gae --example gae.json       the same with yours
+ *
+ * The functions of the other chapters do the arithmetic. A topic is one function, and a row of the
+ * table at the chapter's end: it reads its numbers from the example, calls those functions, and
+ * shows what they return: as text, or with --json as members of the same object.
+ * What enters: an example of a few numbers (chapter 27 reads it). What leaves: text in lines of 80
+ * columns, or JSON.                    test: explain_example, docs/tools/check_explain.py
+ * ============================================================================================= */
+
+static void json_write_string(FILE *file, const char *before, struct Text text);
+static void json_write_ids(FILE *file, const char *before, const int *ids, size_t n);
+static void json_write_floats(FILE *file, const char *before, const float *x, size_t n);
+
+/* How a topic is to be told, and of what. */
+struct Explain {
+    struct Arena *arena;
+    const struct Tokenizer *tok;
+    const struct GPT2 *model; /* --model_name_or_path, or NULL */
+    struct Text prompt;
+    struct Json *example; /* what the topic reads, and with --json what it adds; or NULL */
+    const char *place; /* where the example is from, for messages */
+    bool json, pt;
+    bool begun; /* a number has been printed */
+};
+
+/* From chapter 27, the fields of an example or of one of its answers: a number, a word, a list of
+ * numbers, and how many it has; the label of row i; and a field that a topic adds. */
+static double get_number(const struct Json *object, const char *name);
+static const char *get_word(const struct Json *object, const char *name);
+static size_t get_count(const struct Json *object, const char *name);
+static float *get_list(struct Explain *x, const struct Json *object, const char *name);
+static const char *get_label(struct Explain *x, const struct Json *object, const char *tokens,
+                             size_t i);
+static void put_number(struct Explain *x, struct Json *object, const char *name, double number);
+static void put_list(struct Explain *x, struct Json *object, const char *name, const double *list,
+                     size_t n, bool is_flags);
+static struct Json **get_answers(struct Explain *x);
+
+/* A paragraph in lines of 80 columns: text[0] is in English, text[1] in Portuguese. */
+static void tell(struct Explain *x, const char *const text[2]) {
+    size_t column = 0;
+    if (x->json)
+        return;
+    /* a blank line between a table and what comes after it */
+    if (x->begun)
+        putchar('\n');
+    x->begun = false;
+    for (const char *at = text[x->pt]; *at;) {
+        /* 1. A word; a token such as " is" goes on after the space it begins with. */
+        size_t n = strcspn(at, " ");
+        if (n > 0 && at[n - 1] == '"' && (n == 1 || at[n - 2] == '[') && at[n])
+            n += 1 + strcspn(at + n + 1, " ");
+        size_t width = 0;
+        for (size_t i = 0; i < n; i++)
+            width += (at[i] & 0xc0) != 0x80;
+
+        /* 2. On this line, or on the next. */
+        if (column > 0 && column + 1 + width > 80) {
+            putchar('\n');
+            column = 0;
+        }
+        printf("%s%.*s", column ? " " : "", (int)n, at);
+        column += width + (column > 0);
+        at += n + (at[n] == ' ');
+    }
+    puts("\n");
+}
+
+/* A line of numbers. */
+static void PRINTF_LIKE(2, 3) line(struct Explain *x, const char *format, ...) {
+    if (x->json)
+        return;
+    x->begun = true;
+    va_list arguments;
+    va_start(arguments, format);
+    vprintf(format, arguments);
+    va_end(arguments);
+    putchar('\n');
+}
+
+/* What stands in front of the next value of the JSON object. */
+static const char *next_key(struct Explain *x, const char *key) {
+    const char *before = arena_printf(x->arena, "%s\"%s\": ", x->begun ? ", " : "{", key);
+    x->begun = true;
+    return before;
+}
+
+/* ---- Topics that only print ----------------------------------------------------------------- */
+
+/* A token in quotes, as the label of a row or column: cut and padded to `width` columns. */
+static const char *token_label(struct Explain *x, struct Text token, size_t width) {
+    char *shown = (char *)text_shown(x->arena, token, "").data;
+    const char *label = arena_printf(x->arena, "\"%s\"", cut_text(shown, width - 2));
+    size_t columns = 0;
+    /* UTF-8's continuation bytes, 10xxxxxx, take no column of their own */
+    for (const char *at = label; *at; at++)
+        columns += (*at & 0xc0) != 0x80;
+    return arena_printf(x->arena, "%s%*s", label, (int)(width - MIN(width, columns)), "");
+}
+
+/* Numbers under a name, with --json only: the text shows them in a form of its own. */
+static void put_floats(struct Explain *x, const char *key, const float *values, size_t n) {
+    if (x->json)
+        json_write_floats(stdout, next_key(x, key), values, n);
+}
+
+/* Numbers under a name, as a row of a table or as JSON. */
+static void tell_row(struct Explain *x, const char *key, const char *label, const float *values,
+                     size_t n) {
+    put_floats(x, key, values, n);
+    if (x->json)
+        return;
+    x->begun = true;
+    printf("  %-10s", label);
+    for (size_t i = 0; i < n; i++)
+        printf(" %8.4f", values[i]);
+    putchar('\n');
+}
+
+/* ---- bpe ------------------------------------------------------------------------------------ */
+
+static const char *const BPE_TEXT[][2] = {
+    {"Byte-pair encoding. A word starts as its bytes, each a token of its own. Of all "
+     "neighbours that form a token of the vocabulary together, those merge first whose token "
+     "was learnt first: the lowest rank. So the same word always ends as the same tokens. "
+     "(tokenizer_encode_word)",
+     "Byte-pair encoding. Uma palavra começa como seus bytes, cada um deles um token. De todos os "
+     "vizinhos que juntos formam um token do vocabulário, juntam-se primeiro aqueles cujo "
+     "token foi aprendido primeiro: o menor rank. Assim a mesma palavra sempre termina nos "
+     "mesmos tokens. (tokenizer_encode_word)"},
+};
+
+enum { BPE_BYTES = 12 }; /* of a word whose pieces fit in a line */
+
+/* The longest word of a text, of BPE_BYTES or less. */
+static struct Text bpe_word(const struct Tokenizer *tok, struct Text text) {
+    struct Text longest = {0};
+    for (size_t i = 0, end; i < text.length; i = end) {
+        end = tokenizer_word_end(tok, (const unsigned char *)text.data, i, text.length);
+        if (end - i > longest.length && end - i <= BPE_BYTES)
+            longest = (struct Text){text.data + i, end - i};
+    }
+    CHECK(longest.length > 0, "--prompt: a word of 1 to %d bytes was expected", BPE_BYTES);
+    return longest;
+}
+
+/* The word's pieces as they are now, each in quotes. */
+static void tell_pieces(struct Explain *x, const struct WordPieces *word, const char *before) {
+    if (x->json)
+        return;
+    printf("  %s", before);
+    for (int32_t i = 0; i >= 0; i = word->piece[i].next)
+        json_write_string(stdout, " ", word->tok->token[word->piece[i].id]);
+    putchar('\n');
+}
+
+/* explain bpe -- one word from bytes to tokens: tokenizer_encode_word, a line for each merge. */
+static void explain_bpe(struct Explain *x) {
+    const struct Tokenizer *tok = x->tok;
+    struct Text text = bpe_word(tok, x->prompt);
+    struct Piece piece[BPE_BYTES];
+    uint64_t heap[3 * BPE_BYTES];
+    size_t V = x->model ? x->model->config.vocab_size : tok->vocab_size;
+    struct WordPieces word = {tok, endoftext_id(V), piece, heap, 0};
+    int ids[BPE_BYTES];
+    int merges[BPE_BYTES];
+    size_t merge_count = 0;
+
+    /* 1. The bytes. */
+    tell(x, BPE_TEXT[0]);
+    pieces_start(&word, (const unsigned char *)text.data, text.length);
+    tell_pieces(x, &word, "bytes                      ");
+
+    /* 2. Merge after merge. A stale entry of the heap leaves the word as it is. */
+    size_t count = text.length;
+    while (word.heap_size > 0) {
+        uint64_t entry = heap_pop(&word);
+        int id = (int)(entry >> 32);
+        pieces_merge(&word, (int32_t)(entry & 0xffffffff), id);
+        if (pieces_ids(&word, ids) == count)
+            continue;
+        count = pieces_ids(&word, ids);
+        merges[merge_count++] = id;
+        /* the ids below 256 are bytes, the others are in the order in which they were learnt */
+        tell_pieces(x, &word, arena_printf(x->arena, "rank %5d -> token %5d ", id - 256, id));
+    }
+
+    /* 3. What is left. */
+    const char *list = "";
+    for (size_t i = 0; i < pieces_ids(&word, ids); i++)
+        list = arena_printf(x->arena, "%s %d", list, ids[i]);
+    line(x, "  ids:%s", list);
+    if (!x->json)
+        return;
+    json_write_string(stdout, next_key(x, "word"), text);
+    json_write_ids(stdout, next_key(x, "merges"), merges, merge_count);
+    json_write_ids(stdout, next_key(x, "ids"), ids, count);
+}
+
+/* ---- omega ---------------------------------------------------------------------------------- */
+
+static const char *const OMEGA_TEXT[][2] = {
+    {"Omega is the log-probability of a whole answer. An answer is a chain of choices: its "
+     "probability is the product of its tokens', each given all tokens before it. The "
+     "logarithm turns the product into a sum.",
+     "Ômega é a log-probabilidade de uma resposta inteira. Uma resposta é uma cadeia de "
+     "escolhas: sua probabilidade é o produto das de seus tokens, cada uma dados todos os "
+     "tokens anteriores. O logaritmo transforma o produto em soma."},
+    {"A policy gives every possible answer such a probability; over all answers they sum to "
+     "1. Here are all 16 answers of two tokens, were there only four tokens: a row for each "
+     "first token, a column for each second one. A row sums to its first token's own "
+     "probability: what follows only divides it up.",
+     "Uma política dá a cada resposta possível uma probabilidade assim; sobre todas as "
+     "respostas elas somam 1. Aqui estão as 16 respostas de dois tokens, se houvesse só "
+     "quatro tokens: uma linha para cada primeiro token, uma coluna para cada segundo. Uma "
+     "linha soma a probabilidade do próprio primeiro token: o que vem depois só a reparte."},
+};
+
+/* Two answers side by side: their tokens' log-probabilities, and the sums of these. */
+static void tell_omegas(struct Explain *x) {
+    static const char *const tokens[2][4] = {{" a", " lot", " of", " fun"},
+                                             {" far", " too", " long", "."}};
+    static const float logprobs[2][4] = {{-0.79f, -1.80f, -0.05f, -0.70f},
+                                         {-1.79f, -0.60f, -0.80f, -0.50f}};
+    const float *c = logprobs[0];
+    float omega[2];
+    line(x, "  %-10s %8s %8s   %-10s %8s %8s", "chosen", "log p", "p", "rejected", "log p", "p");
+    for (size_t t = 0; t < 4; t++)
+        line(x, "  %s %8.2f %8.4f   %s %8.2f %8.4f", token_label(x, text_of(tokens[0][t]), 10),
+             c[t], exp(c[t]), token_label(x, text_of(tokens[1][t]), 10), logprobs[1][t],
+             exp(logprobs[1][t]));
+
+    /* the sum of logarithms is the logarithm of the product */
+    for (size_t i = 0; i < 2; i++)
+        omega[i] = (float)sequence_logprob(logprobs[i], 4);
+    line(x, "  %-10s %8.2f %8.4f   %-10s %8.2f %8.4f", "omega", omega[0], exp(omega[0]), "omega",
+         omega[1], exp(omega[1]));
+    line(x, "  omega = %.2f + %.2f + %.2f + %.2f = %.2f   sequence_logprob", c[0], c[1], c[2], c[3],
+         omega[0]);
+    put_floats(x, "chosen_logprobs", c, 4);
+    put_floats(x, "rejected_logprobs", logprobs[1], 4);
+    put_floats(x, "omega", omega, 2);
+}
+
+/* explain omega -- the log-probability of a whole answer, and of all answers of two tokens. */
+static void explain_omega(struct Explain *x) {
+    static const char *const vocabulary[] = {" a", " far", " not", " so"};
+    static const float first[] = {2, 1, 1.5f, 0.5f}; /* logits after the prompt */
+    static const float second[][4] = /* logits after each of the four tokens */
+        {{0, 1, 0.5f, 1.5f}, {1, 0, 0.5f, 0.5f}, {1.5f, 1, -1, 1}, {0.5f, 1.5f, 1, 0}};
+    float scratch[4];
+    float first_lse = log_sum_exp(first, 4, scratch);
+    float total = 0;
+
+    /* 1. One answer: a chain of choices. */
+    tell(x, OMEGA_TEXT[0]);
+    tell_omegas(x);
+
+    /* 2. All answers. */
+    tell(x, OMEGA_TEXT[1]);
+    line(x, "  %-10s %8s %8s %8s %8s %8s", "", "\" a\"", "\" far\"", "\" not\"", "\" so\"", "sum");
+    for (size_t i = 0; i < 4; i++) {
+        float p[5];
+        float lse = log_sum_exp(second[i], 4, scratch);
+        for (size_t j = 0; j < 4; j++) {
+            /* an answer's omega: the first token's log-probability, and the second's given it */
+            float choices[] = {first[i] - first_lse, second[i][j] - lse};
+            p[j] = (float)exp(sequence_logprob(choices, 2));
+        }
+        p[4] = row_sum(p, 4);
+        total += p[4];
+        tell_row(x, arena_printf(x->arena, "after_%zu", i),
+                 token_label(x, text_of(vocabulary[i]), 10), p, 5);
+    }
+    line(x, "  %-46s %8.4f", "sum", total);
+    put_floats(x, "sum", &total, 1);
+
+    /* 3. One of them by hand. */
+    float a = first[0] - first_lse;
+    float far = second[0][1] - log_sum_exp(second[0], 4, scratch);
+    line(x,
+         "  log pi(\" a far\") = log pi(\" a\") + log pi(\" far\" | \" a\")\n"
+         "                   = %.4f + %.4f = %.4f,  e^%.4f = %.4f",
+         a, far, a + far, a + far, exp(a + far));
+}
+
+/* ---- attention ------------------------------------------------------------------------------ */
+
+static const char *const ATTENTION_TEXT[][2] = {
+    {"Attention is how a token learns of the tokens before it. Each has a query q, what it "
+     "looks for; a key k, what it is found by; and a value v, what it hands over. Where q "
+     "and k point the same way, much of v is taken. Rows ask, columns are asked.",
+     "Atenção é como um token fica sabendo dos tokens anteriores. Cada um tem uma query q, o "
+     "que procura; uma key k, pela qual é encontrado; e um value v, o que entrega. Onde q e "
+     "k apontam na mesma direção, toma-se muito de v. Linhas perguntam, colunas respondem."},
+    {"1. q . k: does a token find what it looks for? (attention_scores)", "1. q . k: um token "
+                                                                          "encontra o que procura? "
+                                                                          "(attention_scores)"},
+    {"2. Divided by sqrt(HS), the root of a vector's length, so that scores stay near 1; and "
+     "masked: a token sees itself and what came before, never the future.",
+     "2. Dividido por sqrt(HS), a raiz do comprimento de um vetor, para que os valores fiquem "
+     "perto de 1; e mascarado: um token vê a si mesmo e o que veio antes, nunca o futuro."},
+    {"3. softmax of each row: shares that sum to 1. (attention_softmax)", "3. softmax de cada "
+                                                                          "linha: partes que somam "
+                                                                          "1. (attention_softmax)"},
+    {"4. out: the values v, mixed in these shares. (attention_forward)", "4. out: os valores v, "
+                                                                         "misturados nessas "
+                                                                         "partes. "
+                                                                         "(attention_forward)"},
+};
+
+enum { ATTENTION_SHOWN = 6 }; /* tokens of a model's prompt: as many columns fit */
+
+/* What head 0 reads: the example's numbers, or a model's. */
+struct AttentionExample {
+    struct Batch batch;
+    struct AttentionShape shape;
+    const float *qkv; /* (N,3C) */
+    const struct Text *tokens; /* (N) */
+};
+
+static struct AttentionExample attention_builtin(struct Explain *x) {
+    static const struct Text tokens[] = {{"The", 3}, {" film", 5}, {" is", 3}};
+    /* a row for each token: query, key, value, two numbers each. " is" looks for its subject: its
+     * query points where the key of " film" does. */
+    static const float qkv[] = {1, 1, 0, 1, 0, 1, 1, 0, 2, 0, 2, 0, 2, 0, 1, 1, 1, 1};
+    struct Example text = {(int[]){0, 1, 2}, 3, 0};
+    return (struct AttentionExample){
+        .batch = collate(x->arena, &text, 1, READ_LAST),
+        .shape = attention_shape(2, 1),
+        .qkv = qkv,
+        .tokens = tokens,
+    };
+}
+
+/* Layer 0 of --model_name_or_path, reading the first tokens of --prompt. Later ones would change
+ * nothing: nobody sees the future. */
+static struct AttentionExample attention_of_model(struct Explain *x) {
+    /* 1. The prompt's first tokens, and their texts. */
+    const struct GPT2 *model = x->model;
+    struct Example text =
+        example_encode(x->arena, x->tok, x->prompt, model->config.vocab_size, NULL);
+    CHECK(text.n > 0, "--prompt: one token or more was expected");
+    text.n = MIN(text.n, (size_t)ATTENTION_SHOWN);
+    struct Text *tokens = arena_alloc(x->arena, text.n, sizeof *tokens);
+    for (size_t t = 0; t < text.n; t++)
+        tokens[t] = tokenizer_decode(x->tok, text.ids[t], model->config.vocab_size);
+
+    /* 2. What block 0 made of them on its way; `true` keeps it. */
+    struct Batch batch = collate(x->arena, &text, 1, READ_LAST);
+    return (struct AttentionExample){
+        .batch = batch,
+        .shape = attention_shape(model->config.n_embd, model->config.n_head),
+        .qkv = gpt2_forward(model, x->arena, &batch, true).h[0].qkv,
+        .tokens = tokens,
+    };
+}
+
+/* The head's query, key and value of each token; of a longer vector the first two numbers. */
+static void tell_qkv(struct Explain *x, const struct AttentionExample *a) {
+    size_t C = a->shape.C;
+    size_t last = a->shape.HS > 1;
+    line(x, "  %-10s %17s %17s %17s", "", "q", "k", "v");
+    for (size_t t = 0; t < a->batch.N; t++) {
+        const float *q = a->qkv + t * 3 * C;
+        const float *k = q + C;
+        const float *v = k + C;
+        tell_row(x, arena_printf(x->arena, "qkv_%zu", t), token_label(x, a->tokens[t], 10),
+                 (float[]){q[0], q[last], k[0], k[last], v[0], v[last]}, 6);
+    }
+}
+
+/* A matrix (T,T), a row for each query. seen: how many columns beyond its own a row has, 0 where
+ * the future is masked. */
+static void tell_square(struct Explain *x, const char *key, const struct AttentionExample *a,
+                        const float *p, size_t seen) {
+    size_t T = a->batch.N;
+    const char *head = "";
+    for (size_t j = 0; j < T; j++)
+        head = arena_printf(x->arena, "%s %s", head, token_label(x, a->tokens[j], 8));
+    line(x, "  %-10s%s", "", head);
+    for (size_t t = 0; t < T; t++)
+        tell_row(x, arena_printf(x->arena, "%s_%zu", key, t), token_label(x, a->tokens[t], 10),
+                 p + t * T, MIN(T, t + 1 + seen));
+}
+
+/* explain attention -- the four passes of attention_forward_head, one head of a few tokens. */
+static void explain_attention(struct Explain *x) {
+    struct AttentionExample a = x->model ? attention_of_model(x) : attention_builtin(x);
+    size_t T = a.batch.N;
+    size_t C = a.shape.C;
+    struct AttentionHead head = attention_head(a.qkv, &a.batch, a.shape, 0);
+    float *p = arena_floats(x->arena, T * T);
+    float *out = arena_floats(x->arena, T * C);
+    float *lse = arena_floats(x->arena, T * a.shape.NH);
+    tell(x, ATTENTION_TEXT[0]);
+    tell_qkv(x, &a);
+
+    /* 1. With a scale of 1, attention_scores gives the plain products. */
+    head.scale = 1;
+    attention_scores(p, &head, 0, T);
+    tell(x, ATTENTION_TEXT[1]);
+    tell_square(x, "qk", &a, p, T);
+
+    /* 2. The head's own scale; the mask is where pass 3 stops. */
+    head.scale = a.shape.scale;
+    attention_scores(p, &head, 0, T);
+    tell(x, ATTENTION_TEXT[2]);
+    tell_square(x, "scores", &a, p, 0);
+
+    /* 3. Row by row. */
+    for (size_t t = 0; t < T; t++)
+        attention_softmax(p + t * T, t, T);
+    tell(x, ATTENTION_TEXT[3]);
+    tell_square(x, "p", &a, p, 0);
+
+    /* 4. attention_forward does all four at once. */
+    attention_forward(out, lse, a.qkv, &a.batch, a.shape);
+    tell(x, ATTENTION_TEXT[4]);
+    for (size_t t = 0; t < T; t++)
+        tell_row(x, arena_printf(x->arena, "out_%zu", t), token_label(x, a.tokens[t], 10),
+                 out + t * C, MIN(a.shape.HS, (size_t)2));
+
+    /* 5. The last token's mixture by hand. */
+    const char *sum = "";
+    for (size_t j = 0; j < T; j++)
+        sum = arena_printf(x->arena, "%s%s%.4f * %.4f", sum, j ? j % 4 ? " + " : "\n     + " : "",
+                           p[(T - 1) * T + j], a.qkv[j * 3 * C + 2 * C]);
+    line(x, "\n  %s out_0 = sum_j p_j v_j\n     = %s = %.4f", token_label(x, a.tokens[T - 1], 10),
+         sum, out[(T - 1) * C]);
+}
+
+/* ---- lora ----------------------------------------------------------------------------------- */
+
+static const char *const LORA_TEXT[][2] = {
+    {"LoRA leaves the matrix W frozen and learns a thin correction beside it, y = x W + u B^T "
+     "with u = scale x A^T, scale = lora_alpha / r (vectors are rows). Here W is 3 x 3, r 1, "
+     "lora_alpha 2: 6 numbers learn instead of 9; in GPT-2, one in two hundred. B starts at "
+     "0: the model is its base to the last bit.",
+     "LoRA deixa a matriz W congelada e aprende uma correção fina ao lado dela, y = x W + "
+     "u B^T com u = scale x A^T, scale = lora_alpha / r (vetores são linhas). Aqui W é 3 x 3, "
+     "r 1, lora_alpha 2: 6 números aprendem em vez de 9; no GPT-2, um em duzentos. B começa "
+     "em 0: o modelo é igual à sua base até o último bit."},
+    {"Let dy be the loss's slope by y. B gets a gradient at once, dB = dy^T u; A none yet, "
+     "since dA = scale (dy B)^T x and B is 0. After a step with lr 0.1, B has moved, and y "
+     "with it, against dy. (lora_backward, sgd_piece)",
+     "Seja dy a inclinação da perda por y. B recebe um gradiente logo, dB = dy^T u; A ainda "
+     "não, pois dA = scale (dy B)^T x e B é 0. Depois de um passo com lr 0.1, B se moveu, e y "
+     "com ele, contra dy. (lora_backward, sgd_piece)"},
+    {"Now that B is not 0, A has a gradient, too. At the end align merge makes one matrix of "
+     "all, W + scale A^T B^T: each row of what was added is a multiple of B. That is what "
+     "rank 1 means. (lora_merge)",
+     "Agora que B não é 0, A também tem gradiente. No fim, align merge faz de tudo uma só "
+     "matriz, W + scale A^T B^T: cada linha do que foi somado é um múltiplo de B. É isso que "
+     "posto (rank) 1 quer dizer. (lora_merge)"},
+};
+
+/* A matrix, a row a line. */
+static void tell_matrix(struct Explain *x, const char *key, const struct Tensor *t) {
+    size_t columns = t->shape[1];
+    for (size_t i = 0; i < t->shape[0]; i++)
+        tell_row(x, arena_printf(x->arena, "%s_%zu", key, i), i ? "" : key, t->w + i * columns,
+                 columns);
+}
+
+/* y = x W + u B^T by the layer's two functions, and how its number 0 comes about. */
+static void tell_lora_forward(struct Explain *x, const char *key, const struct Linear *layer,
+                              const float *input, float *y) {
+    /* with rank 1, u is a single number */
+    size_t N = layer->weight.shape[0];
+    double u = layer->lora_scale * row_dot(input, layer->lora_A.w, N);
+    linear_forward(y, input, 1, &layer->weight, &layer->bias);
+    float frozen = y[0];
+    lora_forward(y, input, layer, 1);
+    tell_row(x, key, "y", y, N);
+    line(x, "  y_0 = (x W)_0 + u B_0 = %.4f + %.4f * %.4f = %.4f   lora_forward", frozen, u,
+         layer->lora_B.w[0], y[0]);
+}
+
+/* explain lora -- a layer of 3 x 3 with an adapter of rank 1: before a step, after it, merged. */
+static void explain_lora(struct Explain *x) {
+    enum { N = 3 };
+    struct Adapter adapter = {.r = 1, .lora_alpha = 2};
+    struct Linear layer = {
+        .weight = {.w = (float[]){1, 0, 2, 0, 1, 0, 1, -1, 1}, .shape = {N, N}, .n = N * N},
+        .bias = {.w = (float[N]){0}, .n = N},
+        .lora_A = {.w = (float[]){0.5f, -0.5f, 1}, .d = (float[N]){0}, .shape = {1, N}, .n = N},
+        .lora_B = {.w = (float[N]){0}, .d = (float[N]){0}, .shape = {N, 1}, .n = N},
+        .lora_scale = adapter_scale(&adapter),
+    };
+    struct TrainingArguments args = {.optim = OPTIM_SGD};
+    struct OptimizerStep step = optimizer_step_of(&args, 0.1, 1, 1, 0);
+    const float input[] = {1, 2, 1};
+    const float dy[] = {1, -1, 0.5f};
+    float y[N];
+    float dx[N] = {0};
+
+    /* 1. At the start. */
+    tell(x, LORA_TEXT[0]);
+    tell_matrix(x, "W", &layer.weight);
+    tell_matrix(x, "A", &layer.lora_A);
+    tell_row(x, "x", "x", input, N);
+    tell_lora_forward(x, "y", &layer, input, y);
+
+    /* 2. A step of plain gradient descent. Only B moves. */
+    tell(x, LORA_TEXT[1]);
+    lora_backward(dx, dy, input, &layer, 1);
+    tell_row(x, "dy", "dy", dy, N);
+    tell_row(x, "dB", "dB", layer.lora_B.d, N);
+    tell_row(x, "dA", "dA", layer.lora_A.d, N);
+    tensor_step(&layer.lora_A, &step);
+    tensor_step(&layer.lora_B, &step);
+    tell_row(x, "B", "B", layer.lora_B.w, N);
+    tell_lora_forward(x, "y_after", &layer, input, y);
+
+    /* 3. The next gradient: now A has one, too. Then merged. */
+    tell(x, LORA_TEXT[2]);
+    lora_backward(dx, dy, input, &layer, 1);
+    tell_row(x, "dA_next", "dA", layer.lora_A.d, N);
+    lora_merge(&layer);
+    tell_matrix(x, "W_merged", &layer.weight);
+    linear_forward(y, input, 1, &layer.weight, &layer.bias);
+    tell_row(x, "y_merged", "y = x W", y, N);
+}
+
+/* ---- adamw ---------------------------------------------------------------------------------- */
+
+static const char *const ADAMW_TEXT[][2] = {
+    {"AdamW moves a weight by its mean gradient m over that gradient's usual size, the root of "
+     "v: a step is about lr long, whatever the loss is measured in. Both means start at 0, "
+     "and m_hat, v_hat make up for that. One weight, w = 2, with lr 0.1, weight_decay 0.1. "
+     "See step 2: the gradient points the other way, yet w goes on falling.",
+     "AdamW move um peso por seu gradiente médio m dividido pelo tamanho usual desse "
+     "gradiente, a raiz de v: um passo mede cerca de lr, seja qual for a unidade da perda. "
+     "As duas médias começam em 0, e m_hat, v_hat compensam isso. Um peso, w = 2, com lr 0.1, "
+     "weight_decay 0.1. Veja o passo 2: o gradiente aponta para o outro lado, e w continua "
+     "caindo."},
+};
+
+/* A step of one weight by adamw_piece, then its lines with their numbers. */
+static void tell_adamw_step(struct Explain *x, size_t t, float g, float *w, float *m, float *v) {
+    struct TrainingArguments args = training_arguments();
+    /* 1. The step. */
+    struct OptimizerStep s = optimizer_step_of(&args, 0.1, t, 1, 0.1);
+    float old_w = *w;
+    float old_m = *m;
+    float old_v = *v;
+    adamw_piece(w, (float[]){g}, m, v, 1, s);
+
+    /* 2. What adamw_piece does not keep, in its own terms. */
+    float m_hat = *m * s.correction1;
+    float v_hat = *v * s.correction2;
+    float step = old_w * s.decay_factor - *w;
+    line(x, "%s  t = %zu, g = %.1f   adamw_piece", t > 1 ? "\n" : "", t, g);
+    line(x, "  m     = beta1 m + (1 - beta1) g   = 0.9 * %.4f + 0.1 * %.1f = %.4f", old_m, g, *m);
+    line(x, "  v     = beta2 v + (1 - beta2) g^2 = 0.999 * %g + 0.001 * %.2f = %.8f", old_v, g * g,
+         *v);
+    line(x, "  m_hat = m / (1 - beta1^t) = %.4f / %.4f = %.4f", *m, 1 / s.correction1, m_hat);
+    line(x, "  v_hat = v / (1 - beta2^t) = %.8f / %.6f = %.6f", *v, 1 / s.correction2, v_hat);
+    line(x, "  step  = lr m_hat / (sqrt(v_hat) + eps) = 0.1 * %.4f / %.4f = %.4f", m_hat,
+         sqrtf(v_hat), step);
+    line(x, "  w     = w (1 - lr weight_decay) - step = %.4f * %.2f - %.4f = %.4f", old_w,
+         s.decay_factor, step, *w);
+    put_floats(x, arena_printf(x->arena, "step_%zu", t),
+               (float[]){g, *m, *v, m_hat, v_hat, step, *w}, 7);
+}
+
+/* explain adamw -- two steps of one weight: the case by hand of adamw_piece. */
+static void explain_adamw(struct Explain *x) {
+    float w = 2;
+    float m = 0;
+    float v = 0;
+    tell(x, ADAMW_TEXT[0]);
+    tell_adamw_step(x, 1, 0.3f, &w, &m, &v);
+    tell_adamw_step(x, 2, -0.1f, &w, &m, &v);
+}
+
+/* ---- beam ----------------------------------------------------------------------------------- */
+
+static const char *const BEAM_TEXT[][2] = {
+    {"Beam search keeps the 2 best beginnings instead of one. A step continues each of them "
+     "by every token; a candidate's score is the sum of its tokens' log-probabilities. See "
+     "how the most probable first token, \" a\", loses. The probabilities of what may follow:",
+     "Beam search mantém os 2 melhores começos em vez de um. Um passo continua cada um deles "
+     "com cada token; a pontuação de um candidato é a soma das log-probabilidades de seus "
+     "tokens. Veja como o primeiro token mais provável, \" a\", perde. As probabilidades do "
+     "que pode vir depois:"},
+    {"What ends is divided by length^length_penalty: each token lowers the sum, so otherwise "
+     "the shortest would win. The best answer, and what other settings find; one beam is "
+     "greedy decoding. (beam_search)",
+     "O que termina é dividido por comprimento^length_penalty: cada token baixa a soma, e sem "
+     "isso venceria o mais curto. A melhor resposta, e o que outras configurações encontram; um "
+     "só feixe é a decodificação gulosa. (beam_search)"},
+};
+
+enum { BEAM_V = 4, BEAM_END = 3, BEAM_PROMPT = 4, BEAM_STEPS = 3 };
+static const char *const BEAM_TOKENS[] = {" a", " lot", " fun", "."};
+/* what stands in for a model: the probability of each next token, a row for what comes before */
+static const float BEAM_P[][BEAM_V] = {
+    {0.05f, 0.45f, 0.30f, 0.20f},
+    {0.10f, 0.10f, 0.30f, 0.50f},
+    {0.02f, 0.03f, 0.05f, 0.90f},
+    {0.25f, 0.25f, 0.25f, 0.25f},
+    [BEAM_PROMPT] = {0.50f, 0.10f, 0.30f, 0.10f},
+};
+
+/* A search before its first step. The model only lends it its sizes. */
+static struct BeamSearch beam_begin(struct Explain *x, const struct GPT2 *model,
+                                    const struct GenerationConfig *config) {
+    struct Sequence *start = arena_alloc(x->arena, 1, sizeof *start);
+    *start = sequence_start(x->arena, (int[]){BEAM_PROMPT}, 1, BEAM_STEPS, model, (struct Rng){0});
+    return beam_search_new(x->arena, model, start, config);
+}
+
+/* One step; returns the scores (running,V) of all continuations. The beams that were continued are
+ * in search->next afterwards. */
+static float *beam_step(struct Explain *x, struct BeamSearch *search) {
+    float *scores = arena_floats(x->arena, search->config->num_beams * BEAM_V);
+    for (size_t b = 0; b < search->running_count; b++) {
+        /* the table knows only the last token; a model would read them all */
+        const struct Sequence *beam = &search->running[b];
+        for (size_t v = 0; v < BEAM_V; v++)
+            scores[b * BEAM_V + v] = logf(BEAM_P[beam->ids[beam->n - 1]][v]);
+    }
+    beam_advance(search, x->arena, scores);
+    return scores;
+}
+
+/* A beam's tokens after the prompt, and `last`, in quotes. */
+static const char *beam_text(struct Explain *x, const struct Sequence *beam, const char *last) {
+    const char *text = "";
+    for (size_t i = 1; i < beam->n; i++)
+        text = arena_printf(x->arena, "%s%s", text, BEAM_TOKENS[beam->ids[i]]);
+    return arena_printf(x->arena, "\"%s%s\"", text, last);
+}
+
+/* What became of a candidate, the rank-th best of its step. */
+static const char *beam_fate(struct Explain *x, const struct BeamSearch *search,
+                             const struct Candidate *candidate, size_t rank, size_t length) {
+    /* 1. Is it among the running beams of the next step? */
+    for (size_t i = 0; i < search->running_count; i++)
+        if (search->going_on[i].id == candidate->id)
+            return x->pt ? "segue" : "goes on";
+
+    /* 2. Does it end, and is it among the best K? Then it was offered to the pool. */
+    bool ends = candidate->id % BEAM_V == BEAM_END || length == BEAM_STEPS;
+    if (!ends || rank >= search->config->num_beams)
+        return x->pt ? "descartado" : "dropped";
+    float score = (float)(candidate->value / pow((double)length, search->config->length_penalty));
+    bool is_low = score < search->finished[search->finished_count - 1].score;
+    const char *verdict = !is_low ? "" : x->pt ? ", baixo" : ", too low";
+    return arena_printf(x->arena, "%s: %.4f / %zu = %.4f%s", x->pt ? "fim" : "ends",
+                        candidate->value, length, score, verdict);
+}
+
+/* A step, and a line for each candidate, best first: the beam's score, the token's
+ * log-probability, their sum. */
+static void tell_beam_step(struct Explain *x, struct BeamSearch *search, size_t step) {
+    struct Candidate candidates[2 * BEAM_V];
+    size_t n = search->running_count * BEAM_V;
+    float *scores = beam_step(x, search);
+    put_floats(x, arena_printf(x->arena, "step_%zu", step), scores, n);
+
+    /* best first; a candidate's id is beam * V + token */
+    for (size_t i = 0; i < n; i++)
+        candidates[i] = (struct Candidate){scores[i], (int)i};
+    qsort(candidates, n, sizeof *candidates, compare_candidates_down);
+    line(x, "\n  step %zu   beam_advance", step);
+    for (size_t i = 0; i < n; i++) {
+        const struct Candidate *c = &candidates[i];
+        const struct Sequence *from = &search->next[c->id / BEAM_V];
+        line(x, "  %-13s %7.4f %+.4f = %7.4f   %s", beam_text(x, from, BEAM_TOKENS[c->id % BEAM_V]),
+             from->score, c->value - from->score, c->value, beam_fate(x, search, c, i, step));
+    }
+}
+
+/* The best answer with these settings, and its score. */
+static void tell_beam_best(struct Explain *x, const struct GPT2 *model, size_t num_beams,
+                           double length_penalty) {
+    struct GenerationConfig config = generation_config();
+    config.num_beams = num_beams;
+    config.length_penalty = length_penalty;
+    /* the same search from its start: other settings keep other beams */
+    struct BeamSearch search = beam_begin(x, model, &config);
+    while (beam_search_goes_on(&search))
+        beam_step(x, &search);
+    line(x, "  num_beams %zu, length_penalty %g: %-10s %7.4f", num_beams, length_penalty,
+         beam_text(x, &search.finished[0], ""), search.finished[0].score);
+    put_floats(x, arena_printf(x->arena, "best_%zu_%g", num_beams, length_penalty),
+               &search.finished[0].score, 1);
+}
+
+/* explain beam -- a search with two beams over four tokens, every candidate with its sum. */
+static void explain_beam(struct Explain *x) {
+    struct GPT2 *model =
+        gpt2_new((struct GPT2Config){BEAM_V, 8, 1, 1, 1, .eos_token_id = BEAM_END});
+    struct GenerationConfig config = generation_config();
+    config.num_beams = 2;
+
+    /* 1. The table that stands in for a model. */
+    tell(x, BEAM_TEXT[0]);
+    line(x, "  %-13s %5s %8s %8s %8s", "", "\" a\"", "\" lot\"", "\" fun\"", "\".\"");
+    static const size_t before[] = {BEAM_PROMPT, 0, 1, 2};
+    for (size_t i = 0; i < COUNT(before); i++) {
+        const char *name = i ? token_label(x, text_of(BEAM_TOKENS[before[i]]), 10) : "prompt";
+        tell_row(x, arena_printf(x->arena, "p_%zu", i), name, BEAM_P[before[i]], BEAM_V);
+    }
+
+    /* 2. The search, step by step. */
+    struct BeamSearch search = beam_begin(x, model, &config);
+    for (size_t step = 1; beam_search_goes_on(&search); step++)
+        tell_beam_step(x, &search, step);
+
+    /* 3. What it found, and what others find: greedy decoding, and other length penalties. */
+    tell(x, BEAM_TEXT[1]);
+    tell_beam_best(x, model, 2, 1);
+    tell_beam_best(x, model, 1, 1);
+    tell_beam_best(x, model, 2, 0);
+    tell_beam_best(x, model, 2, 2);
+    gpt2_free(model);
+}
+
+/* ---- backprop ------------------------------------------------------------------------------- */
+
+static const char *const BACKPROP_TEXT[][2] = {
+    {"How does PPO's loss reach the weights? A model of 8 tokens, width 4, one block and one "
+     "head has written \" a lot of fun\" after \"The film is\". Each step back multiplies by one "
+     "slope. Follow wte[\" is\"][0]: \" is\" was read, and it had a logit, so its vector gets a "
+     "gradient both ways.",
+     "Como a perda do PPO chega aos pesos? Um modelo de 8 tokens, largura 4, um bloco e uma "
+     "cabeça escreveu \" a lot of fun\" depois de \"The film is\". Cada passo para trás "
+     "multiplica por uma inclinação. Siga wte[\" is\"][0]: \" is\" foi lido, e teve um logit, "
+     "então seu vetor recebe gradiente pelos dois caminhos."},
+    {"1. The loss of each token, and its slope by the token's log-probability. \" fun\" is "
+     "beyond the clip range, so its slope is 0: it pulls at no weight. (ppo_token_loss)",
+     "1. A perda de cada token, e sua inclinação pela log-probabilidade dele. \" fun\" está "
+     "além do corte, então sua inclinação é 0: não puxa peso algum. (ppo_token_loss)"},
+    {"2. To the logits, here those that \" is\" gave for the next token, \" a\": d logit_v = "
+     "slope ([v = target] - p_v). A step downhill raises the target's logit and lowers all "
+     "others; the sum is 0. (lm_head_backward_row)",
+     "2. Até os logits, aqui os que \" is\" deu para o próximo token, \" a\": d logit_v = slope "
+     "([v = alvo] - p_v). Um passo ladeira abaixo levanta o logit do alvo e baixa todos os "
+     "outros; a soma é 0. (lm_head_backward_row)"},
+    {"3. Back through the model: the norm of all numbers of a gradient, and the one that is "
+     "followed: the slope of \" a\", what it makes of the logit of \" is\", then number 0 at "
+     "the position of \" is\".",
+     "3. De volta pelo modelo: a norma de todos os números de um gradiente, e o que seguimos: "
+     "a inclinação de \" a\", o que ela faz do logit de \" is\", depois o número 0 na posição "
+     "de \" is\"."},
+    {"4. wte both ways. As the output layer: at each position that predicts, d logit of "
+     "\" is\" times hidden_0. As the embedding: what has arrived where \" is\" was read. The "
+     "loss's own difference quotient says the same. (lm_head_backward, embedding_backward)",
+     "4. wte pelos dois caminhos. Como camada de saída: em cada posição que prevê, d logit de "
+     "\" is\" vezes hidden_0. Como embedding: o que chegou onde \" is\" foi lido. O quociente de "
+     "diferenças da própria perda diz o mesmo. (lm_head_backward, embedding_backward)"},
+};
+
+/* A model of 8 tokens and width 4; the answer's 4 tokens are predicted at 4 of 6 positions. */
+enum { BACK_V = 8, BACK_C = 4, BACK_R = 4, BACK_N = 6, BACK_IS = 2 };
+enum {
+    BACK_AT = BACK_IS * BACK_C
+}; /* wte[" is"][0], and number 0 at position 2, where it stands */
+static const char *const BACK_TOKENS[] = {"The", " film", " is", " a", " lot", " of", " fun", "."};
+
+struct Backprop {
+    struct GPT2 *model;
+    struct PPOConfig config;
+    struct Batch batch;
+    struct LMHead head;
+    struct PPOTokens tokens;
+    float *dhidden, *dx; /* (N,C) */
+};
+
+/* A new model, with weights large enough for its numbers to be seen. */
+static struct GPT2 *backprop_model(void) {
+    struct GPT2 *model =
+        gpt2_new((struct GPT2Config){BACK_V, BACK_N, BACK_C, 1, 1, .eos_token_id = BACK_V - 1,
+                                     .layer_norm_epsilon = 1e-5f});
+    struct Rng rng = rng_seed(0, STREAM_INIT);
+    /* biases stay 0 and gains 1; GPT-2's 0.02 would make all tokens equally probable */
+    for (size_t i = 0; i < model->tensor_count; i++)
+        if (model->tensors[i]->ndim == 2)
+            tensor_normal(model->tensors[i], &rng, 0.5);
+    gpt2_make_trainable(model);
+    return model;
+}
+
+/* PPO's policy loss of the answer, with the model as it is now. */
+static double backprop_loss(struct Explain *x, struct Backprop *b) {
+    b->head = batch_logprobs(b->model, x->arena, &b->batch, 1, true);
+    b->tokens.logprobs = b->head.logprob;
+    return ppo_loss(&b->config, &b->tokens).policy;
+}
+
+/* The answer, and what PPO knows of it since it was written. Advantages, and how far the
+ * log-probabilities have moved, are those of explain ppo. */
+static struct Backprop backprop_begin(struct Explain *x) {
+    static int ids[] = {0, 1, BACK_IS, 3, 4, 5, 6};
+    static const float moved[BACK_R] = {0.10f, 0.10f, 0.01f, 0.30f};
+    static float advantages[BACK_R] = {0.78f, 0.97f, 0.81f, 0.85f};
+    struct Example answer = {ids, COUNT(ids), COUNT(ids) - BACK_R};
+    struct Backprop b = {
+        .model = backprop_model(),
+        .config = ppo_config(),
+        .batch = collate(x->arena, &answer, 1, SKIP_LAST),
+        .dhidden = arena_zeros(x->arena, BACK_N * BACK_C, sizeof(float)),
+        .dx = arena_zeros(x->arena, BACK_N * BACK_C, sizeof(float)),
+    };
+    /* the value head is left out: its loss would only be a second summand of dhidden */
+    float *zeros = arena_zeros(x->arena, BACK_R, sizeof *zeros);
+    b.tokens = (struct PPOTokens){
+        .R = BACK_R,
+        .old_logprobs = arena_zeros(x->arena, BACK_R, sizeof(float)),
+        .old_values = zeros,
+        .advantages = advantages,
+        .returns = zeros,
+        .values = zeros,
+        .policy = arena_alloc(x->arena, BACK_R, sizeof *b.tokens.policy),
+        .value = arena_alloc(x->arena, BACK_R, sizeof *b.tokens.value),
+        .dlogprobs = arena_floats(x->arena, BACK_R),
+        .dvalues = arena_floats(x->arena, BACK_R),
+    };
+
+    /* The ratios are chosen, not computed: the policy that wrote the answer found each token less
+     * probable by what has moved since. */
+    backprop_loss(x, &b);
+    for (size_t t = 0; t < BACK_R; t++)
+        b.tokens.old_logprobs[t] = b.head.logprob[t] - moved[t];
+    return b;
+}
+
+/* Step 1: the loss of each token, and its slope. */
+static void tell_backprop_loss(struct Explain *x, struct Backprop *b) {
+    float loss = (float)backprop_loss(x, b);
+    tell(x, BACKPROP_TEXT[1]);
+    line(x, "  %-10s %8s %8s %8s %8s %8s", "token", "A", "log p", "ratio", "loss", "slope");
+    for (size_t t = 0; t < BACK_R; t++) {
+        /* the slope is that of the mean: dlogprob / 4 */
+        const struct TokenLoss *token = &b->tokens.policy[t];
+        const char *text = BACK_TOKENS[b->batch.target[t]];
+        tell_row(x, arena_printf(x->arena, "token_%zu", t), token_label(x, text_of(text), 10),
+                 (float[]){b->tokens.advantages[t], b->head.logprob[t], (float)token->ratio,
+                           (float)token->loss, b->tokens.dlogprobs[t]},
+                 5);
+    }
+    line(x, "  slope of \" a\" = -A ratio / 4 = -%.4f * %.4f / 4 = %.4f", b->tokens.advantages[0],
+         b->tokens.policy[0].ratio, b->tokens.dlogprobs[0]);
+    line(x, "  loss = mean = %.4f   ppo_loss", loss);
+    put_floats(x, "loss", &loss, 1);
+}
+
+/* Step 2: the logits of the first token, and wte's gradient as the output layer. */
+static void tell_backprop_logits(struct Explain *x, struct Backprop *b) {
+    /* the probabilities first: lm_head_backward overwrites the logits by their derivatives */
+    float p[BACK_V];
+    memcpy(p, b->head.logits, sizeof p);
+    softmax(p, BACK_V);
+
+    /* d logits for all four positions, d hidden, and wte's gradient as the output layer */
+    lm_head_backward(b->model, &b->head, b->tokens.dlogprobs, b->dhidden, x->arena);
+    tell(x, BACKPROP_TEXT[2]);
+    for (size_t v = 0; v < BACK_V; v++)
+        line(x, "  %s %8.4f * (%d - %.4f) = %7.4f", token_label(x, text_of(BACK_TOKENS[v]), 10),
+             b->tokens.dlogprobs[0], (int)v == b->batch.target[0], p[v], b->head.logits[v]);
+    put_floats(x, "dlogits", b->head.logits, BACK_R * BACK_V);
+}
+
+/* A row of step 3: a gradient's norm, and the number that is followed. */
+static void tell_gradient(struct Explain *x, const char *name, const float *d, size_t n,
+                          float number, const char *function) {
+    float norm = (float)sqrt(square_sum(d, n));
+    line(x, "  %-10s %8.4f %8.4f   %s", name, norm, number, function);
+    put_floats(x, name, (float[]){norm, number}, 2);
+}
+
+/* Step 3: the calls of gpt2_backward, and what each of them makes of the gradient. */
+static void tell_backprop_model(struct Explain *x, struct Backprop *b) {
+    enum { n = BACK_N * BACK_C };
+    struct GPT2 *model = b->model;
+    struct Activations *acts = &b->head.acts;
+    struct LayerNormRows ln_f = {BACK_N, acts->x, acts->ln_f_mean, acts->ln_f_rstd};
+    float *dwide = arena_floats(x->arena, 4 * n);
+    float *dnarrow = arena_floats(x->arena, n);
+
+    /* 1. What has arrived from the loss so far. */
+    tell(x, BACKPROP_TEXT[3]);
+    line(x, "  %-10s %8s %8s", "d loss / d", "norm", "number");
+    tell_gradient(x, "log p", b->tokens.dlogprobs, BACK_R, b->tokens.dlogprobs[0], "ppo_loss");
+    tell_gradient(x, "logits", b->head.logits, BACK_R * BACK_V, b->head.logits[BACK_IS],
+                  "lm_head_backward_row");
+    tell_gradient(x, "hidden", b->dhidden, n, b->dhidden[BACK_AT], "lm_head_backward");
+
+    /* 2. The rest of the way: dx is the stream's derivative, first where the block has written to
+     *    it, then where the embedding did. */
+    layernorm_backward(b->dx, b->dhidden, ln_f, &model->ln_f.weight, &model->ln_f.bias);
+    tell_gradient(x, "block out", b->dx, n, b->dx[BACK_AT], "layernorm_backward, of ln_f");
+    block_backward(model, &model->h[0], &acts->h[0], &b->batch, b->dx, dwide, dnarrow);
+    tell_gradient(x, "block in", b->dx, n, b->dx[BACK_AT], "block_backward");
+}
+
+/* Step 4: wte both ways, and the difference quotient that has to agree. */
+static void tell_backprop_wte(struct Explain *x, struct Backprop *b) {
+    struct Tensor *wte = &b->model->wte;
+    float output = wte->d[BACK_AT];
+    embedding_backward(wte->d, b->model->wpe.d, b->dx, &b->batch, BACK_C);
+    float both = wte->d[BACK_AT];
+    tell(x, BACKPROP_TEXT[4]);
+    for (size_t r = 0; r < BACK_R; r++) {
+        /* one summand for each position: the logit of " is" depended on both factors */
+        float dlogit = b->head.logits[r * BACK_V + BACK_IS];
+        float hidden = b->head.hidden[r * BACK_C];
+        line(x, "  %-10s %8.4f * %7.4f = %7.4f", r ? "" : "output", dlogit, hidden,
+             dlogit * hidden);
+    }
+    line(x, "  wte.d[\" is\"][0] = %.4f (output) + %.4f (embedding) = %.4f", output, both - output,
+         both);
+
+    /* the loss with this one weight a little larger, and a little smaller; what was known when the
+     * answer was written stays */
+    /* 1 / 128: w + h is exact, and the loss's curvature does not show yet */
+    float h = 0x1p-7f;
+    wte->w[BACK_AT] += h;
+    double above = backprop_loss(x, b);
+    wte->w[BACK_AT] -= 2 * h;
+    double below = backprop_loss(x, b);
+    float quotient = (float)((above - below) / (2 * h));
+    line(x, "  (loss(w + h) - loss(w - h)) / 2h = (%.6f + %.6f) / %.6f = %.4f", above, -below,
+         2 * h, quotient);
+    put_floats(x, "wte", (float[]){output, both - output, both, quotient}, 4);
+}
+
+/* explain backprop -- one answer's gradient, from PPO's loss to wte, in the steps of ppo_backward
+ * and gpt2_backward. */
+static void explain_backprop(struct Explain *x) {
+    struct Backprop b = backprop_begin(x);
+    tell(x, BACKPROP_TEXT[0]);
+    tell_backprop_loss(x, &b);
+    tell_backprop_logits(x, &b);
+    tell_backprop_model(x, &b);
+    tell_backprop_wte(x, &b);
+    gpt2_free(b.model);
+}
+
+/* ---- Numbers, formulas, tables -------------------------------------------------------------- */
+
+/* A number with four decimals at most, without zeros at its end; a negative one in parentheses if
+ * it stands after an operator.                                  By hand: 0.0500 becomes 0.05. */
+static const char *digits(struct Explain *x, double number, bool is_operand) {
+    double size = fabs(number);
+    if (size >= 1e5 || (size > 0 && size < 5e-5))
+        return arena_printf(x->arena, number < 0 && is_operand ? "(%.2e)" : "%.2e", number);
+    /* a number that rounds to 0 has no sign */
+    char *text = arena_printf(x->arena, "%.4f", size == 0 ? 0 : number);
+    size_t n = strlen(text);
+    while (text[n - 1] == '0')
+        n--;
+    n -= text[n - 1] == '.';
+    text[n] = 0;
+    return number < 0 && is_operand ? arena_printf(x->arena, "(%s)", text) : text;
+}
+
+/* The same as arguments of `line`, where a struct Explain is called x: by itself, or after an
+ * operator. */
+#define D(number) digits(x, (number), false)
+#define OP(number) digits(x, (number), true)
+
+/* How many columns a text takes: UTF-8's continuation bytes, 10xxxxxx, take none of their own. */
+static size_t text_columns(const char *text) {
+    size_t columns = 0;
+    for (const char *at = text; *at; at++)
+        columns += (*at & 0xc0) != 0x80;
+    return columns;
+}
+
+/* A formula, and at the right the function that computes it. */
+static void formula(struct Explain *x, const char *text, const char *function) {
+    size_t columns = MIN(text_columns(text), (size_t)50);
+    line(x, "  %s%*s %s", text, (int)(50 - columns), "", function);
+}
+
+/* A column of a table: its head, the numbers, and the name that --json has for them (NULL: it was
+ * in the example). */
+struct TableColumn {
+    const char *head, *name;
+    const double *at;
+    bool is_flags; /* yes or no instead of numbers */
+};
+
+/* A number of a table: what was cut is -infinity, and shows as "-". */
+static const char *cell(struct Explain *x, const struct TableColumn *column, size_t i) {
+    double number = column->at[i];
+    static const char *const words[2][2] = {{"no", "yes"}, {"não", "sim"}};
+    if (column->is_flags)
+        return words[x->pt][number != 0];
+    if (number == -INFINITY)
+        return "-";
+    double size = fabs(number);
+    bool is_plain = size == 0 || (size >= 5e-5 && size < 1e4);
+    return arena_printf(x->arena, is_plain ? "%.4f" : "%.2e", size == 0 ? 0 : number);
+}
+
+/* Text at the right end of a column. */
+static const char *flush_right(struct Explain *x, const char *text, size_t width) {
+    size_t columns = MIN(text_columns(text), width);
+    return arena_printf(x->arena, "%*s%s", (int)(width - columns), "", text);
+}
+
+/* The prompt that the tokens follow, if the example has one. */
+static void tell_prompt(struct Explain *x) {
+    char *prompt = (char *)text_shown(x->arena, text_of(get_word(x->example, "prompt")), "").data;
+    if (*prompt)
+        line(x, "prompt \"%s\"", cut_text(prompt, 60));
+}
+
+/* Rows `start` to `end` of the columns. Their labels are the object's tokens; it also gets what a
+ * column adds. */
+static void tell_table(struct Explain *x, struct Json *object, const char *tokens, size_t start,
+                       size_t end, const struct TableColumn *columns, size_t count) {
+    /* 1. --json */
+    for (size_t k = 0; k < count; k++)
+        if (columns[k].name)
+            put_list(x, object, columns[k].name, columns[k].at + start, end - start,
+                     columns[k].is_flags);
+
+    /* 2. text */
+    const char *row = "";
+    for (size_t k = 0; k < count; k++)
+        row = arena_printf(x->arena, "%s%s", row, flush_right(x, columns[k].head, 9));
+    line(x, "  %-12s%s", "", row);
+    for (size_t i = start; i < end; i++) {
+        row = get_label(x, object, tokens, i - start);
+        for (size_t k = 0; k < count; k++)
+            row = arena_printf(x->arena, "%s%s", row, flush_right(x, cell(x, &columns[k], i), 9));
+        line(x, "  %s", row);
+    }
+}
+
+/* Floats as the cells of a column. */
+static double *doubles(struct Explain *x, const float *list, size_t n) {
+    double *result = arena_alloc(x->arena, n, sizeof *result);
+    for (size_t i = 0; i < n; i++)
+        result[i] = list[i];
+    return result;
+}
+
+/* ---- The answers of an example -------------------------------------------------------------- */
+
+/* The tokens of all answers in one row, as in struct PPOBatch. */
+struct Answers {
+    size_t n, R; /* answers, tokens */
+    size_t *start; /* (n + 1) where each answer's tokens begin */
+    struct Json **object; /* (n) */
+};
+
+/* `list`: the field that says how many tokens an answer has. */
+static struct Answers answers_of(struct Explain *x, const char *list) {
+    size_t n = get_count(x->example, "answers");
+    struct Answers a = {n, 0, arena_zeros(x->arena, n + 1, sizeof(size_t)), get_answers(x)};
+    for (size_t b = 0; b < n; b++)
+        a.start[b + 1] = a.start[b] + get_count(a.object[b], list);
+    a.R = a.start[n];
+    return a;
+}
+
+/* A field of all answers, one after the other. */
+static float *answers_list(struct Explain *x, const struct Answers *a, const char *name) {
+    float *all = arena_floats(x->arena, a->R);
+    for (size_t b = 0; b < a->n; b++)
+        memcpy(all + a->start[b], get_list(x, a->object[b], name),
+               (a->start[b + 1] - a->start[b]) * sizeof *all);
+    return all;
+}
+
+/* A table for each answer. */
+static void tell_answers(struct Explain *x, const struct Answers *a,
+                         const struct TableColumn *columns, size_t count) {
+    for (size_t b = 0; b < a->n; b++) {
+        line(x, "%s%s %zu", b ? "\n" : "", x->pt ? "resposta" : "answer", b + 1);
+        tell_table(x, a->object[b], "tokens", a->start[b], a->start[b + 1], columns, count);
+    }
+}
+
+/* The label of token t of answer 1, for a worked line; without the spaces that make it a column. */
+static const char *first_label(struct Explain *x, const struct Answers *a, size_t t) {
+    char *label = (char *)get_label(x, a->object[0], "tokens", t);
+    size_t n = strlen(label);
+    while (n > 0 && label[n - 1] == ' ')
+        n--;
+    label[n] = 0;
+    return label;
+}
+
+/* ---- softmax -------------------------------------------------------------------------------- */
+
+static const char *const SOFTMAX_TEXT[][2] = {
+    {"A model gives each token that could come next a logit. softmax makes probabilities of "
+     "them: e^x of each, divided by the sum of all. x is the logit divided by the temperature: "
+     "below 1 the distribution becomes sharper, above 1 flatter. Only differences count: add 10 "
+     "to all logits, and no probability changes.",
+     "O modelo dá um logit a cada token que pode vir a seguir. softmax faz deles probabilidades: "
+     "e^x de cada um, dividido pela soma de todos. x é o logit dividido pela temperatura: abaixo "
+     "de 1 a distribuição fica mais concentrada, acima de 1 mais plana. Só as diferenças contam: "
+     "some 10 a todos os logits e nenhuma probabilidade muda."},
+    {"log_sum_exp is the logarithm of that sum; with it, a log-probability is one subtraction. "
+     "The entropy tells how undecided the model is: 0 if one token is certain, log n if all n "
+     "are equally probable.",
+     "log_sum_exp é o logaritmo dessa soma; com ele, uma log-probabilidade é uma subtração. A "
+     "entropia diz quão indeciso está o modelo: 0 se um token é certo, log n se todos os n são "
+     "igualmente prováveis."},
+};
+
+/* explain softmax -- from logits to probabilities, log-probabilities and the entropy. */
+static void explain_softmax(struct Explain *x) {
+    /* 1. Divided by the temperature, then softmax, which returns log_sum_exp. */
+    size_t n = get_count(x->example, "logits");
+    double temperature = get_number(x->example, "temperature");
+    float *logits = get_list(x, x->example, "logits");
+    float *scaled = arena_floats(x->arena, n);
+    double *log_p = arena_alloc(x->arena, n, sizeof *log_p);
+    for (size_t i = 0; i < n; i++)
+        scaled[i] = (float)(logits[i] / temperature);
+    float *p = memcpy(arena_floats(x->arena, n), scaled, n * sizeof *p);
+    double lse = softmax(p, n);
+    for (size_t i = 0; i < n; i++)
+        log_p[i] = scaled[i] - lse;
+    double entropy = entropy_of_logits(scaled, (float)lse, n);
+    size_t most = argmax(scaled, n);
+
+    /* 2. The table, then token 0 by hand. */
+    const struct TableColumn columns[] = {
+        {.head = "logit", .at = doubles(x, logits, n)},
+        {.head = "x", .at = doubles(x, scaled, n)},
+        {.head = "p", .at = doubles(x, p, n), .name = "probabilities"},
+        {.head = "log p", .at = log_p},
+    };
+    tell(x, SOFTMAX_TEXT[0]);
+    tell_prompt(x);
+    tell_table(x, x->example, "tokens", 0, n, columns, COUNT(columns));
+    tell(x, SOFTMAX_TEXT[1]);
+    formula(x, "log_sum_exp = log(e^x_0 + e^x_1 + ...)", "log_sum_exp");
+    line(x, "              = %s", D(lse));
+    formula(x, "log p_0 = x_0 - log_sum_exp,  p_0 = e^(log p_0)", "softmax");
+    line(x, "          = %s - %s = %s,  p_0 = e^%s = %s", D(scaled[0]), OP(lse), D(log_p[0]),
+         OP(log_p[0]), D(p[0]));
+    formula(x, "entropy = -sum p log p", "entropy_of_logits");
+    line(x, "          = %s nats;  log n = log %zu = %s", D(entropy), n, D(log((double)n)));
+    line(x, "  argmax  = %-46s argmax", get_label(x, x->example, "tokens", most));
+
+    /* 3. --json */
+    put_number(x, x->example, "log_sum_exp", lse);
+    put_number(x, x->example, "entropy", entropy);
+    put_number(x, x->example, "argmax", (double)most);
+}
+
+/* ---- sampling ------------------------------------------------------------------------------- */
+
+static const char *const SAMPLING_TEXT[][2] = {
+    {"How a token is chosen. The logits pass through one processor after the other, in the order "
+     "of transformers; what a column cuts (-) is never drawn. The last column are the "
+     "probabilities of the draw: softmax of what is left.",
+     "Como um token é escolhido. Os logits passam por um processador após o outro, na ordem da "
+     "transformers; o que uma coluna corta (-) nunca é sorteado. A última coluna são as "
+     "probabilidades do sorteio: softmax do que restou."},
+    {"Step by step:", "Passo a passo:"},
+    {"The draw. Each token owns a stretch of the line from 0 to 1, as long as its probability. "
+     "u is a random point of that line; here it is given, so that you can move it.",
+     "O sorteio. Cada token possui um trecho da reta de 0 a 1, tão longo quanto sua "
+     "probabilidade. u é um ponto ao acaso dessa reta; aqui ele é dado, para que você possa "
+     "movê-lo."},
+};
+
+/* A copy of the logits after one more processor. */
+static float *logits_after(struct Explain *x, const float *logits, size_t n,
+                           const struct GenerationConfig *config) {
+    float *after = memcpy(arena_floats(x->arena, n), logits, n * sizeof *after);
+    process_logits(after, n, config, NULL, 0, 0, 0);
+    return after;
+}
+
+/* The example's settings and what became of the logits. */
+struct SamplingSteps {
+    size_t n, written;
+    double penalty, temperature, top_k, top_p, u;
+    const float *logits, *penalized, *scaled, *after_top_k, *after_top_p, *p;
+    int token;
+};
+
+/* process_logits with one setting after the other: what they do to each token. */
+static struct SamplingSteps sampling_steps(struct Explain *x) {
+    const struct Json *e = x->example;
+    struct SamplingSteps s = {
+        .n = get_count(e, "logits"),
+        .written = get_count(e, "ids"),
+        .penalty = get_number(e, "repetition_penalty"),
+        .temperature = get_number(e, "temperature"),
+        .top_k = get_number(e, "top_k"),
+        .top_p = get_number(e, "top_p"),
+        .u = get_number(e, "u"),
+        .logits = get_list(x, e, "logits"),
+    };
+    /* 1. the penalty, for what was written */
+    int *ids = arena_alloc(x->arena, s.written, sizeof *ids);
+    const float *written = get_list(x, e, "ids");
+    for (size_t i = 0; i < s.written; i++)
+        ids[i] = (int)written[i];
+    float *penalized = memcpy(arena_floats(x->arena, s.n), s.logits, s.n * sizeof *penalized);
+    process_repetition_penalty(penalized, s.n, ids, s.written, s.penalty);
+
+    /* 2. the others, each alone; 1, 0 and 1 leave the logits as they are */
+    struct GenerationConfig config = {.do_sample = true,
+                                      .repetition_penalty = 1,
+                                      .temperature = s.temperature,
+                                      .top_p = 1};
+    s.penalized = penalized;
+    s.scaled = logits_after(x, s.penalized, s.n, &config);
+    config.temperature = 1;
+    config.top_k = (size_t)s.top_k;
+    s.after_top_k = logits_after(x, s.scaled, s.n, &config);
+    config.top_k = 0;
+    config.top_p = s.top_p;
+    s.after_top_p = logits_after(x, s.after_top_k, s.n, &config);
+
+    /* 3. the draw */
+    float *p = memcpy(arena_floats(x->arena, s.n), s.after_top_p, s.n * sizeof *p);
+    softmax(p, s.n);
+    s.p = p;
+    s.token = token_at(p, s.n, s.u);
+    return s;
+}
+
+/* The running sums of what top-k has left, largest first: once one reaches top_p, the rest is
+ * cut. */
+static void tell_top_p(struct Explain *x, const struct SamplingSteps *s) {
+    struct Candidate *order = arena_alloc(x->arena, s->n, sizeof *order);
+    float *p = memcpy(arena_floats(x->arena, s->n), s->after_top_k, s->n * sizeof *p);
+    softmax(p, s->n);
+    for (size_t i = 0; i < s->n; i++)
+        order[i] = (struct Candidate){p[i], (int)i};
+    qsort(order, s->n, sizeof *order, compare_candidates_top_p);
+    const char *sums = "";
+    double sum = 0;
+    for (size_t i = 0; i < MIN(s->n, (size_t)6) && (i == 0 || sum < s->top_p); i++) {
+        /* top_p_cut looks at the sum before it adds the next: the token that reaches top_p stays */
+        sum += order[i].value;
+        sums = arena_printf(x->arena, "%s%s%s", sums, i ? ", " : "", D(sum));
+    }
+    line(x, "    %s %s", x->pt ? "somas:" : "sums:", sums);
+}
+
+/* The steps in words, each with a number. */
+static void tell_sampling_steps(struct Explain *x, const struct SamplingSteps *s) {
+    tell(x, SAMPLING_TEXT[1]);
+    formula(x,
+            x->pt ? "logit / repetition_penalty (um negativo: *)"
+                  : "logit / repetition_penalty (a negative one: *)",
+            "process_repetition_penalty");
+    /* of the tokens that were written the first; the others keep their logits */
+    size_t id = s->written ? (size_t)get_list(x, x->example, "ids")[0] : 0;
+    if (s->written)
+        line(x, "    %s %s %s %s = %s   %s", get_label(x, x->example, "tokens", id),
+             D(s->logits[id]), s->logits[id] < 0 ? "*" : "/", OP(s->penalty), D(s->penalized[id]),
+             x->pt ? "(já escrito)" : "(written already)");
+    formula(x, "logit / temperature", "process_logits");
+    line(x, "    %s %s / %s = %s", get_label(x, x->example, "tokens", 0), D(s->penalized[0]),
+         D(s->temperature), D(s->scaled[0]));
+    const char *cut = x->pt ? "top_k %s: ficam os %s maiores (0: todos)"
+                            : "top_k %s: the %s largest stay (0: all)";
+    formula(x, arena_printf(x->arena, cut, D(s->top_k), D(s->top_k)), "process_top_k");
+    cut = x->pt ? "top_p %s: os maiores, até somarem %s"
+                : "top_p %s: the largest, until they hold %s";
+    formula(x, arena_printf(x->arena, cut, D(s->top_p), D(s->top_p)), "top_p_cut");
+    tell_top_p(x, s);
+}
+
+/* explain sampling -- from logits to a drawn token. */
+static void explain_sampling(struct Explain *x) {
+    struct SamplingSteps s = sampling_steps(x);
+    const struct TableColumn columns[] = {
+        {.head = "logit", .at = doubles(x, s.logits, s.n)},
+        {.head = "penalty", .at = doubles(x, s.penalized, s.n), .name = "penalized"},
+        {.head = "temp.", .at = doubles(x, s.scaled, s.n), .name = "scaled"},
+        {.head = "top-k", .at = doubles(x, s.after_top_k, s.n), .name = "after_top_k"},
+        {.head = "top-p", .at = doubles(x, s.after_top_p, s.n), .name = "after_top_p"},
+        {.head = "p", .at = doubles(x, s.p, s.n), .name = "probabilities"},
+    };
+    tell(x, SAMPLING_TEXT[0]);
+    tell_prompt(x);
+    tell_table(x, x->example, "tokens", 0, s.n, columns, COUNT(columns));
+    tell_sampling_steps(x, &s);
+
+    /* the stretches, the owner of u marked */
+    tell(x, SAMPLING_TEXT[2]);
+    double sum = 0;
+    for (size_t i = 0; i < s.n; sum += s.p[i++])
+        line(x, "  %s %6.4f .. %6.4f%s", get_label(x, x->example, "tokens", i), sum, sum + s.p[i],
+             (int)i == s.token ? arena_printf(x->arena, "  <- u = %s   token_at", D(s.u)) : "");
+    put_number(x, x->example, "token", s.token);
+}
+
+/* ---- kl ------------------------------------------------------------------------------------- */
+
+static const char *const KL_TEXT[][2] = {
+    {"The KL divergence says how far the policy p has moved from the reference q: the mean of "
+     "log p - log q over tokens drawn from p. One drawn token gives an estimate of it, k1. Look "
+     "at its sign: k1 is negative where p finds a token less probable than q does, but the mean "
+     "never is. k3 is another estimate of the same: never negative, and less noisy.",
+     "A divergência KL diz o quanto a política p se afastou da referência q: a média de "
+     "log p - log q sobre tokens sorteados de p. Um token sorteado dá uma estimativa dela, k1. "
+     "Repare no sinal: k1 é negativo onde p acha um token menos provável do que q acha, mas a "
+     "média nunca é. k3 é outra estimativa do mesmo: nunca negativa, e com menos ruído."},
+    {"Of a token, and the mean, in which each token counts as often as p draws it:",
+     "De um token, e a média, na qual cada token conta tantas vezes quantas p o sorteia:"},
+};
+
+/* What explain kl computes: a number for each token, and the means. */
+struct KLCells {
+    size_t n;
+    double *log_p, *log_q, *p, *k1, *k3;
+    double mean_k1, mean_k3, kl;
+};
+
+static struct KLCells kl_cells(struct Explain *x) {
+    size_t n = get_count(x->example, "p_logits");
+    struct KLCells c = {.n = n};
+    double **lists[] = {&c.log_p, &c.log_q, &c.p, &c.k1, &c.k3};
+    for (size_t k = 0; k < COUNT(lists); k++)
+        *lists[k] = arena_alloc(x->arena, n, sizeof(double));
+
+    /* 1. Log-probabilities. */
+    float *p_logits = get_list(x, x->example, "p_logits");
+    float *q_logits = get_list(x, x->example, "q_logits");
+    float *scratch = arena_floats(x->arena, n);
+    float p_lse = log_sum_exp(p_logits, n, scratch);
+    float q_lse = log_sum_exp(q_logits, n, scratch);
+
+    /* 2. Both estimates from each token; in the means it counts as often as p draws it. */
+    for (size_t i = 0; i < n; i++) {
+        c.log_p[i] = p_logits[i] - p_lse;
+        c.log_q[i] = q_logits[i] - q_lse;
+        c.p[i] = exp(c.log_p[i]);
+        c.k1[i] = kl_k1(c.log_p[i], c.log_q[i]);
+        c.k3[i] = kl_k3(c.log_p[i], c.log_q[i]);
+        c.mean_k1 += c.p[i] * c.k1[i];
+        c.mean_k3 += c.p[i] * c.k3[i];
+    }
+    c.kl = kl_exact(p_logits, p_lse, q_logits, q_lse, n);
+    return c;
+}
+
+/* explain kl -- the exact KL of two distributions, and the estimates from one token. */
+static void explain_kl(struct Explain *x) {
+    struct KLCells c = kl_cells(x);
+    const struct TableColumn columns[] = {
+        {.head = "log p", .at = c.log_p},
+        {.head = "log q", .at = c.log_q},
+        {.head = "p", .at = c.p},
+        {.head = "k1", .at = c.k1, .name = "k1"},
+        {.head = "k3", .at = c.k3, .name = "k3"},
+    };
+    /* 1. The table. */
+    tell(x, KL_TEXT[0]);
+    tell_prompt(x);
+    tell_table(x, x->example, "tokens", 0, c.n, columns, COUNT(columns));
+
+    /* 2. The formulas with token 0's numbers; the KL as the sum that it is. */
+    tell(x, KL_TEXT[1]);
+    formula(x, "k1 = log p - log q", "kl_k1");
+    line(x, "     = %s - %s = %s", D(c.log_p[0]), OP(c.log_q[0]), D(c.k1[0]));
+    formula(x, "k3 = e^-k1 - 1 + k1", "kl_k3");
+    line(x, "     = %s - 1 + %s = %s", D(exp(-c.k1[0])), OP(c.k1[0]), D(c.k3[0]));
+    formula(x, "KL = sum_v p_v k1_v", "kl_exact");
+    const char *sum = "";
+    for (size_t i = 0; i < MIN(c.n, (size_t)4); i++)
+        sum = arena_printf(x->arena, "%s%s%s * %s", sum,
+                           i == 2 ? "\n     + "
+                           : i    ? " + "
+                                  : "",
+                           D(c.p[i]), OP(c.k1[i]));
+    line(x, "     = %s%s = %s", sum, c.n > 4 ? " + ..." : "", D(c.kl));
+    line(x, "  mean_k1 = %s,  mean_k3 = %s", D(c.mean_k1), D(c.mean_k3));
+
+    /* 3. --json */
+    put_number(x, x->example, "kl", c.kl);
+    put_number(x, x->example, "mean_k1", c.mean_k1);
+    put_number(x, x->example, "mean_k3", c.mean_k3);
+}
+
+/* ---- reward --------------------------------------------------------------------------------- */
+
+static const char *const REWARD_TEXT[][2] = {
+    {"How a reward model learns from a pair. Bradley and Terry: the probability that the chosen "
+     "text is preferred is the sigmoid of the difference of the two rewards. The loss is -log of "
+     "it. Only the difference counts, so rewards have no zero of their own.",
+     "Como um modelo de recompensa aprende com um par. Bradley e Terry: a probabilidade de que o "
+     "texto escolhido seja preferido é a sigmoide da diferença das duas recompensas. A perda é "
+     "-log dela. Só a diferença conta: as recompensas não têm um zero próprio."},
+    {"The slopes. A step downhill raises the chosen text's reward and lowers the other's: "
+     "strongly while the pair is judged wrongly, hardly once it is judged right. "
+     "center_rewards_coefficient, if above 0, also pulls both towards 0.",
+     "As inclinações. Um passo ladeira abaixo levanta a recompensa do texto escolhido e baixa a "
+     "do outro: com força enquanto o par é mal julgado, quase nada quando já é bem julgado. "
+     "center_rewards_coefficient, se acima de 0, também puxa ambas para 0."},
+};
+
+/* explain reward -- Bradley and Terry's loss of one pair. */
+static void explain_reward(struct Explain *x) {
+    double chosen = get_number(x->example, "chosen");
+    double rejected = get_number(x->example, "rejected");
+    double margin = get_number(x->example, "margin");
+    double center = get_number(x->example, "center_rewards_coefficient");
+    struct PairLoss pair = bradley_terry_pair(chosen, rejected, margin, center);
+    /* what it keeps to itself: without the margin, which belongs to the loss alone */
+    double probability = sigmoid(chosen - rejected);
+    double z = chosen - rejected - margin;
+    double both = chosen + rejected;
+    tell(x, REWARD_TEXT[0]);
+    formula(x, "probability = sigmoid(chosen - rejected)", "sigmoid");
+    line(x, "              = sigmoid(%s - %s) = %s", D(chosen), OP(rejected), D(probability));
+    formula(x, "z    = chosen - rejected - margin", "bradley_terry_pair");
+    line(x, "       = %s - %s - %s = %s", D(chosen), OP(rejected), OP(margin), D(z));
+    line(x, "  loss = -log sigmoid(z) + center (chosen + rejected)^2");
+    line(x, "       = %s + %s * %s^2 = %s", D(-log_sigmoid(z)), D(center), OP(both), D(pair.loss));
+    tell(x, REWARD_TEXT[1]);
+    formula(x, "dchosen   = -sigmoid(-z) + 2 center (chosen + rejected)", "bradley_terry_pair");
+    line(x, "            = %s + 2 * %s * %s = %s", D(-sigmoid(-z)), D(center), OP(both),
+         D(pair.dchosen));
+    line(x, "  drejected = sigmoid(-z) + 2 center (chosen + rejected) = %s", D(pair.drejected));
+    put_number(x, x->example, "probability", probability);
+    put_number(x, x->example, "loss", pair.loss);
+    put_number(x, x->example, "dchosen", pair.dchosen);
+    put_number(x, x->example, "drejected", pair.drejected);
+}
+
+/* ---- reinforce ------------------------------------------------------------------------------ */
+
+static const char *const REINFORCE_TEXT[][2] = {
+    {"REINFORCE takes an answer as a whole. Its reward R is the score, minus beta times how far "
+     "the answer has left the reference: log pi - log pi_ref, summed over its tokens. From R a "
+     "baseline b is subtracted, what was to be expected. What did better than that (A > 0) shall "
+     "become more probable, what did worse less.",
+     "REINFORCE toma a resposta como um todo. Sua recompensa R é a pontuação, menos beta vezes o "
+     "quanto a resposta se afastou da referência: log pi - log pi_ref, somado sobre seus tokens. "
+     "De R subtrai-se uma linha de base b, o que se podia esperar. O que foi melhor que isso "
+     "(A > 0) deve ficar mais provável, o que foi pior, menos."},
+    {"Answer 1 by hand. baseline rloo: b is the mean R of the other answers; mean: of earlier "
+     "steps, for which all answers of this example stand in; none: 0.",
+     "A resposta 1 à mão. baseline rloo: b é o R médio das outras respostas; mean: o de passos "
+     "anteriores, no lugar dos quais estão aqui todas as respostas do exemplo; none: 0."},
+    {"The loss. Only its gradient means anything: the slope -A / n by log pi is the same for "
+     "every token of an answer. A step downhill raises log pi where A > 0.",
+     "A perda. Só seu gradiente tem significado: a inclinação -A / n em relação a log pi é a "
+     "mesma para todos os tokens de uma resposta. Um passo ladeira abaixo levanta log pi onde "
+     "A > 0."},
+};
+
+/* log pi of whole answers, given token by token or as one number. */
+static double *answers_logps(struct Explain *x, const struct Answers *a, const char *name) {
+    double *logps = arena_alloc(x->arena, a->n, sizeof *logps);
+    for (size_t b = 0; b < a->n; b++) {
+        size_t n = get_count(a->object[b], name);
+        logps[b] = n ? sequence_logprob(get_list(x, a->object[b], name), n)
+                     : get_number(a->object[b], name);
+    }
+    return logps;
+}
+
+/* An answer's line of the table. */
+static void tell_reinforce_row(struct Explain *x, struct Json *answer, size_t b,
+                               const double cells[6]) {
+    const char *row = "";
+    for (size_t k = 0; k < 6; k++)
+        row = arena_printf(x->arena, "%s%9.4f", row, cells[k]);
+    line(x, "  %-12s%s", arena_printf(x->arena, "%s %zu", x->pt ? "resposta" : "answer", b + 1),
+         row);
+    put_number(x, answer, "reward", cells[3]);
+    put_number(x, answer, "advantage", cells[5]);
+}
+
+/* The example's baseline, if it fits n answers. */
+static enum Baseline explain_baseline(struct Explain *x, size_t n) {
+    const char *word = get_word(x->example, "baseline");
+    if (strcmp(word, "none") == 0)
+        return BASELINE_NONE;
+    if (strcmp(word, "mean") == 0)
+        return BASELINE_MEAN;
+    CHECK(n > 1,
+          "%sbaseline: rloo compares an answer with the others: two answers or more were expected, "
+          "or baseline \"none\"; found: %zu",
+          x->place, n);
+    return BASELINE_RLOO;
+}
+
+/* explain reinforce -- rewards, baseline, advantages and the loss of some answers to a prompt. */
+static void explain_reinforce(struct Explain *x) {
+    /* 1. R of each answer. */
+    struct Answers a = answers_of(x, "logps");
+    double beta = get_number(x->example, "beta");
+    double *logps = answers_logps(x, &a, "logps");
+    double *ref_logps = answers_logps(x, &a, "ref_logps");
+    double *dlogps = arena_alloc(x->arena, a.n, sizeof *dlogps);
+    float *rewards = arena_floats(x->arena, a.n);
+    float *advantages = arena_floats(x->arena, a.n);
+    for (size_t b = 0; b < a.n; b++)
+        rewards[b] =
+            (float)reinforce_reward(get_number(a.object[b], "score"), beta, logps[b], ref_logps[b]);
+
+    /* 2. Baseline, advantage, loss. */
+    enum Baseline baseline = explain_baseline(x, a.n);
+    reinforce_advantages(baseline, rewards, a.n, a.n, mean_of(rewards, a.n), advantages);
+    double loss = reinforce_loss(advantages, logps, a.n, dlogps);
+    tell(x, REINFORCE_TEXT[0]);
+    tell_prompt(x);
+    line(x, "  %-12s%9s%9s%9s%9s%9s%9s", "", "score", "log pi", "log ref", "R", "b", "A");
+    for (size_t b = 0; b < a.n; b++)
+        tell_reinforce_row(x, a.object[b], b,
+                           (double[]){get_number(a.object[b], "score"), logps[b], ref_logps[b],
+                                      rewards[b], rewards[b] - advantages[b], advantages[b]});
+
+    /* 3. By hand. */
+    tell(x, REINFORCE_TEXT[1]);
+    formula(x, "R = score - beta (log pi - log pi_ref)", "reinforce_reward");
+    line(x, "    = %s - %s * (%s - %s) = %s", D(get_number(a.object[0], "score")), D(beta),
+         D(logps[0]), OP(ref_logps[0]), D(rewards[0]));
+    formula(x, "A = R - b", "reinforce_advantages");
+    line(x, "    = %s - %s = %s", D(rewards[0]), OP(rewards[0] - advantages[0]), D(advantages[0]));
+    tell(x, REINFORCE_TEXT[2]);
+    formula(x, "loss = -1/n sum_i A_i log pi(y_i)", "reinforce_loss");
+    line(x, "       = %s", D(loss));
+    for (size_t b = 0; b < a.n; b++) {
+        line(x, "  dlogps of %s %zu = -A / n = %s / %zu = %s", x->pt ? "resposta" : "answer", b + 1,
+             D(-advantages[b]), a.n, D(dlogps[b]));
+        put_number(x, a.object[b], "dlogps", dlogps[b]);
+    }
+    put_number(x, x->example, "loss", loss);
+}
+
+/* ---- gae ------------------------------------------------------------------------------------ */
+
+static const char *const GAE_TEXT[][2] = {
+    {"The score judges a whole answer, so it is known only at the end: it is part of the last "
+     "token's reward (the others are KL penalties). GAE carries it to the tokens before. At each "
+     "token it asks: how much "
+     "better did it go than the value head expected? That surprise is delta. A token's advantage "
+     "is its own delta plus gamma * lam times the advantage of the token after it. So GAE runs "
+     "backwards: read each table from its last row up.",
+     "A pontuação julga a resposta inteira, por isso só é conhecida no fim: faz parte da "
+     "recompensa do último token (as outras são penalidades de KL). GAE a leva aos tokens "
+     "anteriores. A cada token pergunta: foi "
+     "quanto melhor do que a cabeça de valor esperava? Essa surpresa é delta. A vantagem de um "
+     "token é seu próprio delta mais gamma * lam vezes a vantagem do token seguinte. Por isso GAE "
+     "anda de trás para frente: leia cada tabela da última linha para cima."},
+    {"Answer 1, from its last token to its first. After the last one nothing more comes: its "
+     "next value and next advantage are 0.",
+     "A resposta 1, do último token ao primeiro. Depois do último não vem mais nada: seu próximo "
+     "valor e sua próxima vantagem são 0."},
+    {"How much of the last token's reward reaches each token: (gamma * lam)^k, k tokens before "
+     "the end. With lam 0 only what the value head says would travel, with lam 1 all of it.",
+     "Quanto da recompensa do último token chega a cada token: (gamma * lam)^k, k tokens antes do "
+     "fim. Com lam 0 viajaria só o que a cabeça de valor diz; com lam 1, tudo."},
+    {"Return and whitening. The return is what the value head should have said: its guess, "
+     "corrected by the surprise. Last, the raw advantages of all answers together get mean 0 and "
+     "variance 1, so that the learning rate need not know the scale of the scores. That is A.",
+     "Retorno e normalização. O retorno é o que a cabeça de valor deveria ter dito: seu palpite, "
+     "corrigido pela surpresa. Por fim, as vantagens brutas (raw A) de todas as respostas juntas "
+     "ganham média 0 e variância 1, para que a taxa de aprendizado não precise conhecer a escala "
+     "das pontuações. Isso é A."},
+};
+
+/* What gae makes of rewards and values (R): all in cells that tables can show. */
+struct GaeCells {
+    double *next_value, *delta, *raw, *target_return, *advantage;
+    double gamma, lam, mean, std; /* of the raw advantages */
+};
+
+static struct GaeCells gae_cells(struct Explain *x, const struct Answers *a, struct PPOBatch *p) {
+    struct PPOConfig config = {
+        .gamma = get_number(x->example, "gamma"),
+        .lam = get_number(x->example, "lam"),
+    };
+    struct GaeCells g = {.gamma = config.gamma, .lam = config.lam};
+    g.next_value = arena_zeros(x->arena, a->R, sizeof(double));
+    g.delta = arena_zeros(x->arena, a->R, sizeof(double));
+
+    /* 1. gae_step keeps its delta to itself; without an advantage behind it, it returns it. */
+    for (size_t b = 0; b < a->n; b++)
+        for (size_t t = a->start[b]; t < a->start[b + 1]; t++) {
+            g.next_value[t] = t + 1 < a->start[b + 1] ? p->values[t + 1] : 0;
+            g.delta[t] = gae_step(p->rewards[t], p->values[t], g.next_value[t], 0, g.gamma, g.lam);
+        }
+
+    /* 2. gae for each answer alone, to see the advantages before they are whitened, then
+     *    ppo_advantages, which does both. */
+    p->advantages = arena_floats(x->arena, a->R);
+    p->returns = arena_floats(x->arena, a->R);
+    for (size_t b = 0; b < a->n; b++) {
+        size_t start = a->start[b];
+        gae(&config, a->start[b + 1] - start, p->rewards + start, p->values + start, 0,
+            p->advantages + start, p->returns + start);
+    }
+    g.raw = doubles(x, p->advantages, a->R);
+    g.mean = mean_of(p->advantages, a->R);
+    g.std = sqrt(unbiased_variance(p->advantages, a->R) + 1e-8);
+    ppo_advantages(&config, p);
+    g.target_return = doubles(x, p->returns, a->R);
+    g.advantage = doubles(x, p->advantages, a->R);
+    return g;
+}
+
+/* The answers as the batch of a step of PPO. */
+static struct PPOBatch answers_batch(struct Explain *x, const struct Answers *a) {
+    return (struct PPOBatch){
+        .B = a->n,
+        .R = a->R,
+        .start = a->start,
+        .padding = arena_zeros(x->arena, a->n, sizeof(size_t)),
+        .values = answers_list(x, a, "values"),
+    };
+}
+
+enum { TOKENS_BY_HAND = 4 };
+
+/* Answer 1 by hand, backwards. */
+static void tell_gae_steps(struct Explain *x, const struct Answers *a, const struct PPOBatch *p,
+                           const struct GaeCells *g) {
+    size_t T = a->start[1];
+    size_t shown = MIN(T, (size_t)TOKENS_BY_HAND);
+    tell(x, GAE_TEXT[1]);
+    formula(x, "delta = reward + gamma * next_value - value", "gae_step");
+    formula(x, "raw A = delta + gamma * lam * next raw A", "gae");
+    for (size_t t = T; t-- > T - shown;) {
+        /* what the step before, that of the next token, has left */
+        line(x, "\n  %s", first_label(x, a, t));
+        line(x, "  delta = %s + %s * %s - %s = %s", D(p->rewards[t]), D(g->gamma),
+             OP(g->next_value[t]), OP(p->values[t]), D(g->delta[t]));
+        line(x, "  raw A = %s + %s * %s * %s = %s", D(g->delta[t]), D(g->gamma), D(g->lam),
+             OP(t + 1 < T ? g->raw[t + 1] : 0), D(g->raw[t]));
+    }
+    tell(x, GAE_TEXT[2]);
+    double share = 1;
+    for (size_t t = T; t-- > T - shown; share *= g->gamma * g->lam)
+        line(x, "  %-12s (%s * %s)^%zu = %s", first_label(x, a, t), D(g->gamma), D(g->lam),
+             T - 1 - t, D(share));
+}
+
+/* Token 0 of answer 1: what it should have been worth, and its advantage on the common scale. */
+static void tell_gae_ends(struct Explain *x, const struct Answers *a, const struct PPOBatch *p,
+                          const struct GaeCells *g) {
+    tell(x, GAE_TEXT[3]);
+    formula(x,
+            arena_printf(x->arena, "return = raw A + value                 %s",
+                         first_label(x, a, 0)),
+            "gae");
+    line(x, "         = %s + %s = %s", D(g->raw[0]), OP(p->values[0]), D(g->target_return[0]));
+    formula(x, "A      = (raw A - mean) / sqrt(variance + 1e-8)", "whiten");
+    line(x, "         = (%s - %s) / %s = %s", D(g->raw[0]), OP(g->mean), D(g->std),
+         D(g->advantage[0]));
+}
+
+/* explain gae -- how a score on the last token becomes an advantage at each token. */
+static void explain_gae(struct Explain *x) {
+    struct Answers a = answers_of(x, "rewards");
+    struct PPOBatch p = answers_batch(x, &a);
+    p.rewards = answers_list(x, &a, "rewards");
+    struct GaeCells g = gae_cells(x, &a, &p);
+    /* from left to right as each follows from those before it */
+    const struct TableColumn columns[] = {
+        {.head = "reward", .at = doubles(x, p.rewards, a.R)},
+        {.head = "value", .at = doubles(x, p.values, a.R)},
+        {.head = x->pt ? "próximo" : "next", .at = g.next_value},
+        {.head = "delta", .at = g.delta, .name = "deltas"},
+        {.head = "raw A", .at = g.raw, .name = "raw_advantages"},
+        {.head = "return", .at = g.target_return, .name = "returns"},
+        {.head = "A", .at = g.advantage, .name = "advantages"},
+    };
+    tell(x, GAE_TEXT[0]);
+    tell_prompt(x);
+    tell_answers(x, &a, columns, COUNT(columns));
+    tell_gae_steps(x, &a, &p, &g);
+    tell_gae_ends(x, &a, &p, &g);
+}
+
+/* ---- ppo ------------------------------------------------------------------------------------ */
+
+static const char *const PPO_TEXT[][2] = {
+    {"A step of PPO with these answers. 1. A reward for every token: it pays kl_coef for each "
+     "nat by which the policy finds the token more probable than the reference does (kl), and "
+     "earns where it finds it less probable. Whether the answer is good is known only when it is "
+     "complete: the score is added at the last token.",
+     "Um passo do PPO com estas respostas. 1. Uma recompensa para cada token: ele paga kl_coef "
+     "por nat que a política o acha mais provável do que a referência acha (kl), e ganha onde o "
+     "acha menos provável. Se a resposta é boa só se sabe quando está completa: a pontuação é "
+     "somada no último token."},
+    {"2. Advantages: GAE carries the score to the earlier tokens (align explain gae shows how). "
+     "A > 0: better than expected.",
+     "2. Vantagens: GAE leva a pontuação aos tokens anteriores (align explain gae mostra como). "
+     "A > 0: melhor que o esperado."},
+    {"3. The update. The ratio says how many times as probable a token is now (new) as when it "
+     "was written. At the first update nothing has moved yet: every ratio is 1, each loss is -A, "
+     "and their mean is 0, since A has mean 0; the gradient is not 0. Here some updates have "
+     "been made. Once a ratio has left 1 +- cliprange in the direction of A, the token is "
+     "clipped: its slope is 0, and this batch moves it no further.",
+     "3. A atualização. A razão (ratio) diz quantas vezes mais provável o token é agora (new) do "
+     "que quando foi escrito. Na primeira atualização nada se moveu ainda: toda razão é 1, cada "
+     "perda é -A, e a média delas é 0, pois A tem média 0; o gradiente não é 0. Aqui algumas "
+     "atualizações já foram feitas. Quando uma razão sai de 1 +- cliprange na direção de A, o "
+     "token é cortado: sua inclinação é 0, e este lote não o move mais."},
+    {"4. The value head learns to say the return; its clip, cliprange_value, works in the same "
+     "way: where it has moved further than that towards the return, its slope is 0.",
+     "4. A cabeça de valor aprende a dizer o retorno; seu corte, cliprange_value, funciona do "
+     "mesmo modo: onde ela já se moveu mais que isso em direção ao retorno, sua inclinação é 0."},
+    {"5. Both losses are means over all tokens, so each slope above is a share of one mean.",
+     "5. As duas perdas são médias sobre todos os tokens, por isso cada inclinação acima é uma "
+     "parte de uma só média."},
+};
+
+/* Steps 1 and 2: rewards and advantages of every token. */
+static struct GaeCells tell_ppo_rewards(struct Explain *x, const struct Answers *a,
+                                        struct PPOBatch *p) {
+    struct RolloutTrainer trainer = {.kl_coef = get_number(x->example, "kl_coef")};
+    float *scores = arena_floats(x->arena, a->n);
+    for (size_t b = 0; b < a->n; b++)
+        scores[b] = (float)get_number(a->object[b], "score");
+    p->kl = arena_zeros(x->arena, a->R, sizeof(float));
+    p->non_score_rewards = arena_floats(x->arena, a->R);
+    p->rewards = arena_floats(x->arena, a->R);
+    ppo_rewards(&trainer, p, scores);
+    const struct TableColumn columns[] = {
+        {.head = "log pi", .at = doubles(x, p->logprobs, a->R)},
+        {.head = "log ref", .at = doubles(x, p->ref_logprobs, a->R)},
+        {.head = "kl", .at = doubles(x, p->kl, a->R), .name = "kl"},
+        {.head = "penalty", .at = doubles(x, p->non_score_rewards, a->R)},
+        {.head = "reward", .at = doubles(x, p->rewards, a->R), .name = "rewards"},
+    };
+    size_t last = a->start[1] - 1;
+    tell(x, PPO_TEXT[0]);
+    tell_prompt(x);
+    tell_answers(x, a, columns, COUNT(columns));
+    line(x, "\n  %s", first_label(x, a, last));
+    formula(x, "kl      = log pi - log ref", "kl_k1");
+    line(x, "          = %s - %s = %s", D(p->logprobs[last]), OP(p->ref_logprobs[last]),
+         D(p->kl[last]));
+    formula(x, "penalty = -kl_coef * kl", "kl_reward");
+    line(x, "          = -%s * %s = %s", D(trainer.kl_coef), OP(p->kl[last]),
+         D(p->non_score_rewards[last]));
+    formula(x,
+            x->pt ? "reward  = penalty + score (só no último token)"
+                  : "reward  = penalty + score (at the last token only)",
+            "ppo_rewards");
+    line(x, "          = %s + %s = %s", D(p->non_score_rewards[last]), OP(scores[0]),
+         D(p->rewards[last]));
+
+    /* 2. */
+    struct GaeCells g = gae_cells(x, a, p);
+    const struct TableColumn more[] = {
+        {.head = "reward", .at = doubles(x, p->rewards, a->R)},
+        {.head = "value", .at = doubles(x, p->values, a->R)},
+        {.head = "delta", .at = g.delta, .name = "deltas"},
+        {.head = "raw A", .at = g.raw, .name = "raw_advantages"},
+        {.head = "return", .at = g.target_return, .name = "returns"},
+        {.head = "A", .at = g.advantage, .name = "advantages"},
+    };
+    tell(x, PPO_TEXT[1]);
+    tell_answers(x, a, more, COUNT(more));
+    return g;
+}
+
+/* What ppo_loss says of each token, as cells. */
+struct PPOCells {
+    double *ratio, *is_clipped, *loss, *dlogprob, *value_loss, *dvalue;
+    const float *new_logprobs, *new_values;
+    struct PPOConfig config;
+    struct PPOLoss total;
+};
+
+static struct PPOCells ppo_cells(struct Explain *x, const struct Answers *a, struct PPOBatch *p) {
+    struct PPOCells c = {
+        .config = {.cliprange = get_number(x->example, "cliprange"),
+                   .cliprange_value = get_number(x->example, "cliprange_value"),
+                   .vf_coef = get_number(x->example, "vf_coef")},
+        .new_logprobs = answers_list(x, a, "new_logprobs"),
+        .new_values = answers_list(x, a, "new_values"),
+    };
+    struct PPOTokens tokens = {
+        .R = a->R,
+        .old_logprobs = p->logprobs,
+        .old_values = p->values,
+        .advantages = p->advantages,
+        .returns = p->returns,
+        .logprobs = c.new_logprobs,
+        .values = c.new_values,
+        .policy = arena_alloc(x->arena, a->R, sizeof *tokens.policy),
+        .value = arena_alloc(x->arena, a->R, sizeof *tokens.value),
+        .dlogprobs = arena_floats(x->arena, a->R),
+        .dvalues = arena_floats(x->arena, a->R),
+    };
+    c.total = ppo_loss(&c.config, &tokens);
+    /* its structs, column by column */
+    double **cells[] = {&c.ratio, &c.is_clipped, &c.loss, &c.value_loss};
+    for (size_t k = 0; k < COUNT(cells); k++)
+        *cells[k] = arena_alloc(x->arena, a->R, sizeof(double));
+    for (size_t t = 0; t < a->R; t++) {
+        c.ratio[t] = tokens.policy[t].ratio;
+        c.is_clipped[t] = tokens.policy[t].is_clipped;
+        c.loss[t] = tokens.policy[t].loss;
+        c.value_loss[t] = tokens.value[t].loss;
+    }
+    c.dlogprob = doubles(x, tokens.dlogprobs, a->R);
+    c.dvalue = doubles(x, tokens.dvalues, a->R);
+    return c;
+}
+
+/* Step 3: the policy's loss; by hand the first token of answer 1 that is clipped, or its last. */
+static void tell_ppo_policy(struct Explain *x, const struct Answers *a, const struct PPOBatch *p,
+                            const struct PPOCells *c) {
+    const struct TableColumn columns[] = {
+        {.head = "log pi", .at = doubles(x, p->logprobs, a->R)},
+        {.head = "new", .at = doubles(x, c->new_logprobs, a->R)},
+        {.head = "ratio", .at = c->ratio, .name = "ratios"},
+        {.head = "A", .at = doubles(x, p->advantages, a->R)},
+        {.head = x->pt ? "cortado" : "clipped",
+         .at = c->is_clipped,
+         .name = "clipped",
+         .is_flags = true},
+        {.head = "loss", .at = c->loss, .name = "token_losses"},
+        {.head = x->pt ? "inclin." : "slope", .at = c->dlogprob, .name = "dlogprobs"},
+    };
+    /* nothing teaches the clip like a token that it stops */
+    size_t t = 0;
+    while (t + 1 < a->start[1] && !c->is_clipped[t])
+        t++;
+    double e = c->config.cliprange;
+    double A = p->advantages[t];
+    double near = MAX(1 - e, MIN(1 + e, c->ratio[t]));
+    tell(x, PPO_TEXT[2]);
+    tell_answers(x, a, columns, COUNT(columns));
+    line(x, "\n  %s", first_label(x, a, t));
+    formula(x, "ratio = e^(new - log pi)", "ppo_token_loss");
+    line(x, "        = e^(%s - %s) = %s", D(c->new_logprobs[t]), OP(p->logprobs[t]),
+         D(c->ratio[t]));
+    formula(x, "near  = clip(ratio, 1 - cliprange, 1 + cliprange)", "ppo_token_loss");
+    line(x, "        = clip(%s, %s, %s) = %s", D(c->ratio[t]), D(1 - e), D(1 + e), D(near));
+    formula(x, "loss  = max(-A * ratio, -A * near)", "ppo_token_loss");
+    line(x, "        = max(-%s * %s, -%s * %s)", OP(A), D(c->ratio[t]), OP(A), D(near));
+    line(x, "        = max(%s, %s) = %s", D(-A * c->ratio[t]), D(-A * near), D(c->loss[t]));
+    formula(x,
+            x->pt ? "inclin. = 0 se cortado; senão -A * ratio / tokens"
+                  : "slope = 0 if clipped, else -A * ratio / tokens",
+            "ppo_loss");
+    line(x, "        = %s", D(c->dlogprob[t]));
+}
+
+/* Steps 4 and 5: the value head's loss, and both together. */
+static void tell_ppo_value(struct Explain *x, const struct Answers *a, const struct PPOBatch *p,
+                           const struct PPOCells *c) {
+    const struct TableColumn columns[] = {
+        {.head = "value", .at = doubles(x, p->values, a->R)},
+        {.head = "new", .at = doubles(x, c->new_values, a->R)},
+        {.head = "return", .at = doubles(x, p->returns, a->R)},
+        {.head = "loss", .at = c->value_loss, .name = "value_losses"},
+        {.head = x->pt ? "inclin." : "slope", .at = c->dvalue, .name = "dvalues"},
+    };
+    /* by hand: the first token whose value has moved too far, or the last one */
+    double r = c->config.cliprange_value;
+    size_t t = 0;
+    while (t + 1 < a->start[1] && fabs(c->new_values[t] - p->values[t]) <= r)
+        t++;
+    double near = MAX(p->values[t] - r, MIN(p->values[t] + r, c->new_values[t]));
+    double error = c->new_values[t] - p->returns[t];
+    tell(x, PPO_TEXT[3]);
+    tell_answers(x, a, columns, COUNT(columns));
+    line(x, "\n  %s", first_label(x, a, t));
+    formula(x, "near  = clip(new, value +- cliprange_value)", "ppo_value_loss");
+    line(x, "        = clip(%s, %s, %s) = %s", D(c->new_values[t]), D(p->values[t] - r),
+         D(p->values[t] + r), D(near));
+    formula(x, "loss  = 1/2 max((new - return)^2, (near - return)^2)", "ppo_value_loss");
+    line(x, "        = 1/2 max(%s^2, %s^2) = %s", OP(error), OP(near - p->returns[t]),
+         D(c->value_loss[t]));
+    formula(x,
+            x->pt ? "inclin. = 0 se cortada; senão vf_coef (new - return) / tokens"
+                  : "slope = 0 if clipped, else vf_coef (new - return) / tokens",
+            "ppo_loss");
+    line(x, "        = %s", D(c->dvalue[t]));
+
+    tell(x, PPO_TEXT[4]);
+    formula(x, "policy_loss, value_loss: the means of both loss columns", "ppo_loss");
+    line(x, "              = %s     value_loss = %s", D(c->total.policy), D(c->total.value));
+    line(x, "  loss        = policy_loss + vf_coef * value_loss");
+    line(x, "              = %s + %s * %s = %s", D(c->total.policy), D(c->config.vf_coef),
+         D(c->total.value), D(c->total.total));
+    put_number(x, x->example, "policy_loss", c->total.policy);
+    put_number(x, x->example, "value_loss", c->total.value);
+    put_number(x, x->example, "loss", c->total.total);
+}
+
+/* explain ppo -- a step of PPO, token by token, from log-probabilities to slopes. */
+static void explain_ppo(struct Explain *x) {
+    struct Answers a = answers_of(x, "logprobs");
+    struct PPOBatch p = answers_batch(x, &a);
+    p.logprobs = answers_list(x, &a, "logprobs");
+    p.ref_logprobs = answers_list(x, &a, "ref_logprobs");
+    tell_ppo_rewards(x, &a, &p);
+    struct PPOCells c = ppo_cells(x, &a, &p);
+    tell_ppo_policy(x, &a, &p, &c);
+    tell_ppo_value(x, &a, &p, &c);
+}
+
+/* ---- dpo ------------------------------------------------------------------------------------ */
+
+static const char *const DPO_TEXT[][2] = {
+    {"DPO needs no reward model, no sampling and no value head. What the policy has made more "
+     "probable than the reference does, it calls better: beta times that difference is the "
+     "reward it implies. log pi of an answer is the sum over its tokens.",
+     "DPO dispensa modelo de recompensa, amostragem e cabeça de valor. O que a política tornou "
+     "mais provável do que a referência, ela chama de melhor: beta vezes essa diferença é a "
+     "recompensa que ela implica. log pi de uma resposta é a soma sobre seus tokens."},
+    {"The loss is Bradley and Terry's, with the implied rewards. As long as policy and reference "
+     "agree, delta is 0 and the loss log 2 = 0.6931.",
+     "A perda é a de Bradley e Terry, com as recompensas implícitas. Enquanto política e "
+     "referência concordam, delta é 0 e a perda log 2 = 0.6931."},
+    {"The slopes: every token of the chosen answer is raised by the same, every token of the "
+     "rejected one lowered; strongly while the pair is wrong, hardly once it is learnt.",
+     "As inclinações: cada token da resposta escolhida é levantado por igual, cada token da "
+     "rejeitada, baixado; com força enquanto o par está errado, quase nada quando já aprendido."},
+};
+
+/* One side's table and sums. */
+static struct DPOSide tell_dpo_side(struct Explain *x, const char *side, double beta) {
+    /* 1. The sums. */
+    const char *name = arena_printf(x->arena, "%s_logprobs", side);
+    const char *ref_name = arena_printf(x->arena, "ref_%s_logprobs", side);
+    size_t n = get_count(x->example, name);
+    float *logprobs = get_list(x, x->example, name);
+    float *ref_logprobs = get_list(x, x->example, ref_name);
+    struct DPOSide s = {
+        .logp = sequence_logprob(logprobs, n),
+        .ref_logp = sequence_logprob(ref_logprobs, n),
+        .length = n,
+    };
+    double *difference = doubles(x, logprobs, n);
+    for (size_t t = 0; t < n; t++)
+        difference[t] -= ref_logprobs[t];
+
+    /* 2. The table; the reward that the policy implies. */
+    const struct TableColumn columns[] = {
+        {.head = "log pi", .at = doubles(x, logprobs, n)},
+        {.head = "log ref", .at = doubles(x, ref_logprobs, n)},
+        {.head = "logratio", .at = difference},
+    };
+    double reward = implied_reward(beta, s.logp, s.ref_logp);
+    line(x, "%s", side);
+    tell_table(x, x->example, arena_printf(x->arena, "%s_tokens", side), 0, n, columns,
+               COUNT(columns));
+    line(x, "  %-12s%9.4f%9.4f%9.4f   sequence_logprob", x->pt ? "soma" : "sum", s.logp, s.ref_logp,
+         s.logp - s.ref_logp);
+    line(x, "  reward_%s = beta * logratio = %s * %s = %s\n", side, D(beta),
+         OP(s.logp - s.ref_logp), D(reward));
+    put_number(x, x->example, arena_printf(x->arena, "%s_logp", side), s.logp);
+    put_number(x, x->example, arena_printf(x->arena, "ref_%s_logp", side), s.ref_logp);
+    put_number(x, x->example, arena_printf(x->arena, "reward_%s", side), reward);
+    return s;
+}
+
+/* explain dpo -- the loss of one pair. */
+static void explain_dpo(struct Explain *x) {
+    struct DPOConfig config = {
+        .beta = get_number(x->example, "beta"),
+        .label_smoothing = get_number(x->example, "label_smoothing"),
+        .weight = {[DPO_SIGMOID] = 1},
+    };
+    tell(x, DPO_TEXT[0]);
+    tell_prompt(x);
+    struct DPOSide chosen = tell_dpo_side(x, "chosen", config.beta);
+    struct DPOSide rejected = tell_dpo_side(x, "rejected", config.beta);
+    double delta = (chosen.logp - chosen.ref_logp) - (rejected.logp - rejected.ref_logp);
+    double loss = dpo_loss(&config, 1, &chosen, &rejected);
+    double e = config.label_smoothing;
+    double s = config.beta * delta;
+
+    /* label_smoothing e adds a second term, for the case that the pair was labelled wrongly */
+    x->begun = false;
+    tell(x, DPO_TEXT[1]);
+    formula(x, "delta = logratio(chosen) - logratio(rejected)", "dpo_pair_loss");
+    line(x, "        = %s - %s = %s", D(chosen.logp - chosen.ref_logp),
+         OP(rejected.logp - rejected.ref_logp), D(delta));
+    formula(x, "loss  = -log sigmoid(beta * delta)", e > 0 ? "dpo_smoothed_pair" : "dpo_pair_loss");
+    if (e > 0)
+        line(x, "        %s (1 - e), - e log sigmoid(-beta * delta), e = %s",
+             x->pt ? "vezes" : "times", D(e));
+    line(x, "        = -log sigmoid(%s * %s) = -log %s = %s", D(config.beta), OP(delta),
+         D(sigmoid(s)), D(-log_sigmoid(s)));
+    if (e > 0)
+        line(x, "          %s * %s + %s * %s = %s", D(1 - e), D(-log_sigmoid(s)), D(e),
+             D(-log_sigmoid(-s)), D(loss));
+    tell(x, DPO_TEXT[2]);
+    formula(x,
+            e > 0 ? "dchosen   = beta (-(1 - e) sigmoid(-s) + e sigmoid(s))"
+                  : "dchosen   = -beta * sigmoid(-beta * delta)",
+            e > 0 ? "dpo_smoothed_pair" : "dpo_pair_loss");
+    line(x, "            = %s", D(chosen.dlogp));
+    line(x, "  drejected = -dchosen = %s", D(rejected.dlogp));
+    put_number(x, x->example, "delta", delta);
+    put_number(x, x->example, "loss", loss);
+    put_number(x, x->example, "dchosen", chosen.dlogp);
+    put_number(x, x->example, "drejected", rejected.dlogp);
+}
+
+/* ---- exact ---------------------------------------------------------------------------------- */
+
+static const char *const EXACT_TEXT[][2] = {
+    {"Where all answers can be listed, the best policy can be written down: the reference, each "
+     "answer weighted by e^(reward / beta), divided by the sum Z. A small beta lets the policy "
+     "go far from the reference, a large one keeps it near. In the built-in example all "
+     "other answers are one row.",
+     "Onde todas as respostas podem ser listadas, a melhor política pode ser escrita: a "
+     "referência, cada resposta ponderada por e^(recompensa / beta), dividida pela soma Z. Um "
+     "beta pequeno deixa a política ir longe da referência, um grande a mantém perto. As linhas "
+     "do exemplo: resposta 1, resposta 2 e todo o resto."},
+    {"The objective J is the expected reward minus beta times the KL from the reference. The "
+     "reference itself pays nothing. At the optimum J is beta log Z, and no policy has more: PPO "
+     "and DPO can only come near.",
+     "O objetivo J é a recompensa esperada menos beta vezes a KL em relação à referência. A "
+     "própria referência não paga nada. No ótimo J é beta log Z, e nenhuma política tem mais: "
+     "PPO e DPO só podem chegar perto."},
+};
+
+/* The reference's probabilities, which have to be some. */
+static double *ref_probabilities(struct Explain *x, size_t n) {
+    double *p = doubles(x, get_list(x, x->example, "ref_probabilities"), n);
+    double sum = 0;
+    for (size_t i = 0; i < n; i++)
+        sum += p[i];
+    CHECK(fabs(sum - 1) < 1e-4, "%sref_probabilities: they sum to %.6g; 1 was expected", x->place,
+          sum);
+    return p;
+}
+
+/* explain exact -- the closed form, over answers that can be counted on one hand. */
+static void explain_exact(struct Explain *x) {
+    /* 1. The world. */
+    size_t n = get_count(x->example, "ref_probabilities");
+    double *ref = ref_probabilities(x, n);
+    double *logps = arena_alloc(x->arena, n, sizeof *logps);
+    double *optimum = arena_alloc(x->arena, n, sizeof *optimum);
+    double *weight = arena_alloc(x->arena, n, sizeof *weight);
+    double *best = arena_alloc(x->arena, n, sizeof *best);
+    struct ExactWorld w = {
+        .n = n,
+        .r = doubles(x, get_list(x, x->example, "rewards"), n),
+        .beta = get_number(x->example, "beta"),
+        .logps = {[EXACT_REFERENCE] = logps, [EXACT_OPTIMUM] = optimum},
+    };
+    for (size_t i = 0; i < n; i++)
+        logps[i] = log(ref[i]);
+
+    /* 2. The optimum, and what both policies are worth. */
+    w.log_Z = exact_optimum(logps, w.r, n, w.beta, optimum);
+    for (size_t i = 0; i < n; i++) {
+        weight[i] = exp(optimum[i] + w.log_Z);
+        best[i] = exp(optimum[i]);
+    }
+    struct ExactFigures at_ref = exact_figures(&w, logps);
+    struct ExactFigures at_best = exact_figures(&w, optimum);
+    const struct TableColumn columns[] = {
+        {.head = "pi_ref", .at = ref},
+        {.head = "reward", .at = w.r},
+        {.head = x->pt ? "peso" : "weight", .at = weight},
+        {.head = "pi*", .at = best, .name = "optimum"},
+    };
+    tell(x, EXACT_TEXT[0]);
+    tell_table(x, x->example, "tokens", 0, n, columns, COUNT(columns));
+
+    /* 3. By hand. */
+    line(x, "%s", "");
+    formula(x, "weight = pi_ref * e^(reward / beta)", "exact_optimum");
+    line(x, "         = %s * e^(%s / %s) = %s", D(ref[0]), D(w.r[0]), D(w.beta), D(weight[0]));
+    line(x, "  Z      = %s = %s", x->pt ? "soma dos pesos" : "sum of the weights", D(exp(w.log_Z)));
+    line(x, "  pi*    = weight / Z = %s / %s = %s", D(weight[0]), D(exp(w.log_Z)), D(best[0]));
+    tell(x, EXACT_TEXT[1]);
+    formula(x, "J = E[reward] - beta KL(pi || pi_ref)", "exact_figures");
+    line(x, "  J(pi_ref) = %s - %s * 0 = %s", D(at_ref.reward), D(w.beta), D(at_ref.objective));
+    line(x, "  J(pi*)    = %s - %s * %s = %s", D(at_best.reward), D(w.beta), D(at_best.kl),
+         D(at_best.objective));
+    line(x, "            = beta log Z = %s * %s = %s", D(w.beta), OP(w.log_Z), D(w.beta * w.log_Z));
+    put_number(x, x->example, "Z", exp(w.log_Z));
+    put_number(x, x->example, "objective_ref", at_ref.objective);
+    put_number(x, x->example, "objective_max", at_best.objective);
+}
+
+/* ---- The topics, in the order of a course --------------------------------------------------- */
+
+static const struct Topic {
+    const char *name, *en, *pt;
+    void (*run)(struct Explain *);
+} TOPICS[] = {
+    {"bpe", "a word becomes tokens, merge by merge", "uma palavra vira tokens, fusão por fusão",
+     explain_bpe},
+    {"softmax", "logits become probabilities", "logits viram probabilidades", explain_softmax},
+    {"sampling", "penalty, temperature, top-k, top-p, and the draw",
+     "penalidade, temperatura, top-k, top-p e o sorteio", explain_sampling},
+    {"omega", "the log-probability of a whole answer",
+     "a log-probabilidade de uma resposta inteira", explain_omega},
+    {"kl", "how far the policy is from the reference", "quão longe a política está da referência",
+     explain_kl},
+    {"reward", "what a reward model learns from a pair",
+     "o que um modelo de recompensa aprende com um par", explain_reward},
+    {"reinforce", "scores become a gradient: baseline and advantage",
+     "pontuações viram gradiente: linha de base e vantagem", explain_reinforce},
+    {"gae", "how a score at the end reaches the first token",
+     "como uma pontuação no fim chega ao primeiro token", explain_gae},
+    {"ppo", "a step of PPO, token by token", "um passo do PPO, token por token", explain_ppo},
+    {"dpo", "the same from a pair alone", "o mesmo, só com um par", explain_dpo},
+    {"exact", "the best policy in closed form", "a melhor política em forma fechada",
+     explain_exact},
+    {"attention", "what a token takes from those before it", "o que um token toma dos anteriores",
+     explain_attention},
+    {"backprop", "from PPO's loss to the embedding, both ways",
+     "da perda do PPO ao embedding, pelos dois caminhos", explain_backprop},
+    {"lora", "a thin correction beside a frozen matrix",
+     "uma correção fina ao lado de uma matriz congelada", explain_lora},
+    {"adamw", "two steps of one weight", "dois passos de um peso", explain_adamw},
+    {"beam", "a search with two beams", "uma busca com dois feixes", explain_beam},
+};
+
+/* =============================================================================================
  * Part IV - The program
  *
  * Machinery: what a program needs around its mathematics. After this part a reader knows how
@@ -10654,7 +12802,7 @@ static void course_run(struct Course *course, const struct Dataset *data,
  * ============================================================================================= */
 
 /* =============================================================================================
- * Chapter 21 - Files, JSON
+ * Chapter 22 - Files, JSON
  *
  * How does a program read files that may be wrong, and write files so that nothing is lost? What
  * it reads was written by somebody else: every length is checked before memory is allocated, every
@@ -10898,7 +13046,7 @@ struct Json {
     struct Text key, string;
     double number;
     enum JsonType type;
-    bool is_taken; /* in a safetensors header: this tensor has been read (chapter 23) */
+    bool is_taken; /* in a safetensors header: this tensor has been read (chapter 24) */
 };
 
 /* It reads a copy that ends in a NUL, so that one more character can always be read and C's string
@@ -11323,7 +13471,7 @@ static const char *shell_word(struct Arena *arena, const char *word) {
 }
 
 /* =============================================================================================
- * Chapter 22 - Data sets, tokenizer.bin            [glossary: Conjunto de dados]
+ * Chapter 23 - Data sets, tokenizer.bin            [glossary: Conjunto de dados]
  *
  * Which rows does a training see if it is given a file, or a folder whose files somebody else has
  * named? What enters: JSON Lines in TRL's shapes, one object a line,
@@ -12131,7 +14279,7 @@ static struct Dataset *dataset_load_held_out(struct Arena *arena, const char *pa
 }
 
 /* =============================================================================================
- * Chapter 23 - safetensors, model and adapter folders            [glossary: Hugging Face]
+ * Chapter 24 - safetensors, model and adapter folders            [glossary: Hugging Face]
  *
  * How are models exchanged with transformers and PEFT? A model is a folder that transformers reads:
  * config.json and model.safetensors. An adapter is one that PEFT reads. What enters: such folders,
@@ -13209,7 +15357,7 @@ static void leave_out_heads(struct GPT2 *model) {
 }
 
 /* =============================================================================================
- * Chapter 24 - Progress, logs, checkpoints
+ * Chapter 25 - Progress, logs, checkpoints
  *
  * How a run reports to a person (one line on a terminal, redrawn in place), to other programs
  * (trainer_state.json in transformers' form), and to itself (checkpoints, from which it resumes as
@@ -14112,7 +16260,7 @@ static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n)
 }
 
 /* =============================================================================================
- * Chapter 25 - Results: what the course prints and writes; the report
+ * Chapter 26 - Results: what the course prints and writes; the report
  *
  * What has a run achieved, and how can people and programs see it? What enters: measurements and a
  * run's logs. What leaves: tables, summary.json, samples.jsonl, report.json, and report.html, which
@@ -14163,7 +16311,7 @@ static void exact_print(const struct ExactWorld *w, bool json) {
         puts("}");
 }
 
-/* From chapter 26: a file that ships with the program, or NULL. */
+/* From chapter 27: a file that ships with the program, or NULL. */
 static const char *shipped_path(struct Arena *arena, const char *name);
 
 /* The models that the course compares: their names in its files, and in headings. */
@@ -14448,7 +16596,7 @@ static void course_print(struct Course *course) {
 }
 
 /* =============================================================================================
- * Chapter 26 - Command line, main
+ * Chapter 27 - Command line, main
  *
  * How does a command line become a call? Through one table of flags and one table of commands. The
  * flags have the names that transformers, TRL or PEFT give them, where they have one.
@@ -14466,7 +16614,9 @@ enum { MOST_FLAGS = 160 };
 
 struct Options {
     const char *model_name_or_path, *ref_model, *reward_model_path, *dataset_name, *eval_dataset,
-        *tokenizer, *prompt, *rollouts, *loss_type, *loss_weights, *file;
+        *tokenizer, *prompt, *response, *rejected, *rollouts, *loss_type, *loss_weights, *file,
+        *example;
+    enum Language { LANGUAGE_EN, LANGUAGE_PT } language; /* of explain */
     const char *peft_adapter, *command; /* command: the command line */
     struct Adapter lora; /* of a new adapter */
     struct TrainingArguments train;
@@ -14500,7 +16650,8 @@ struct Options {
 #define WITH_OUTPUT "rlhf, collect, merge, " TRAINING
 #define WITH_SEED "rlhf, exact, generate, collect, eval, " TRAINING
 #define WITH_REFERENCE "ppo, reinforce, dpo, logprob, eval"
-#define WITH_WORDS "tokenize, report, glossary" /* arguments that are not flags: a file, a term */
+#define WITH_WORDS \
+    "tokenize, report, glossary, explain" /* arguments that are not flags: a file, a term */
 #define ALL_COMMANDS WITH_MODEL ", exact, " WITH_WORDS
 
 /* ---- Flags ---------------------------------------------------------------------------------- */
@@ -14529,7 +16680,8 @@ struct Kind {
 static const struct Kind KIND_STRING = {TYPE_STRING, 0, 0, ""};
 static const struct Kind KIND_TEXT = {TYPE_TEXT, 0, 0, ""};
 static const struct Kind KIND_LIST = {TYPE_LIST, 0, 0, ""};
-/* the names in the order of enum SchedulerType, Optim, SamplingStrategy, KLPenalty, Baseline */
+/* the names in the order of enum SchedulerType, Optim, SamplingStrategy, KLPenalty, Baseline,
+ * Language */
 static const struct Kind KIND_SCHEDULER = {TYPE_CHOICE, 0, 0,
                                            "linear, cosine, constant, constant_with_warmup"};
 static const struct Kind KIND_OPTIM = {TYPE_CHOICE, 0, 0,
@@ -14537,6 +16689,7 @@ static const struct Kind KIND_OPTIM = {TYPE_CHOICE, 0, 0,
 static const struct Kind KIND_ROW_ORDER = {TYPE_CHOICE, 0, 0, "random, sequential"};
 static const struct Kind KIND_KL_PENALTY = {TYPE_CHOICE, 0, 0, "kl, abs, mse, full"};
 static const struct Kind KIND_BASELINE = {TYPE_CHOICE, 0, 0, "none, mean, rloo"};
+static const struct Kind KIND_LANGUAGE = {TYPE_CHOICE, 0, 0, "en, pt"};
 static const struct Kind KIND_BOOL = {TYPE_BOOL, 0, 0, "true or false"};
 static const struct Kind KIND_STOPPING = {TYPE_STOPPING, 0, 0, "true or false or never"};
 static const struct Kind KIND_SEED = {TYPE_SEED, 0, 0x1p64, "a whole number, 0 or more"};
@@ -14573,14 +16726,14 @@ struct Flag {
 
 static const struct Flag FLAGS[] = {
     HEADING("Models"),
-    {NAMED(model_name_or_path), &KIND_STRING, WITH_MODEL,
+    {NAMED(model_name_or_path), &KIND_STRING, WITH_MODEL ", explain",
      "folder of a model (config.json, model.safetensors)"},
     {NAMED(peft_adapter), &KIND_STRING, WITH_ADAPTER,
      "folder of a LoRA adapter (adapter_config.json, adapter_model.safetensors): added to the "
      "model; training goes on with it"},
-    {NAMED(ref_model), &KIND_STRING, WITH_REFERENCE,
+    {NAMED(ref_model), &KIND_STRING, WITH_REFERENCE ", explain",
      "folder of the reference model; default: the start model"},
-    {NAMED(reward_model_path), &KIND_STRING, SAMPLING, "folder of a reward model"},
+    {NAMED(reward_model_path), &KIND_STRING, SAMPLING ", explain", "folder of a reward model"},
     HEADING("A new LoRA adapter"),
     {NAMED(use_peft), &KIND_BOOL, TUNING,
      "train a new LoRA adapter instead of the model's weights"},
@@ -14597,11 +16750,11 @@ static const struct Flag FLAGS[] = {
     {OF(train, output_dir), &KIND_STRING, WITH_OUTPUT, "folder for what is made"},
     {NAMED(tokenizer), &KIND_STRING, ALL_COMMANDS,
      "tokenizer.bin; default: beside the program, then the current folder"},
-    {OF(train, seed), &KIND_SEED, WITH_SEED, "of all random numbers"},
+    {OF(train, seed), &KIND_SEED, WITH_SEED ", explain", "of all random numbers"},
     {NAMED(quiet), &KIND_BOOL, ALL_COMMANDS, "no progress on stderr"},
     {NAMED(help), &KIND_BOOL, ALL_COMMANDS, "this page; also -h"},
     HEADING("Training"),
-    {OF(train, learning_rate), &KIND_WEIGHT, TRAINING, "at its highest"},
+    {OF(train, learning_rate), &KIND_WEIGHT, TRAINING ", explain", "at its highest"},
     {OF(train, lr_scheduler_type), &KIND_SCHEDULER, TRAINING, ""},
     {OF(train, warmup_steps), &KIND_WARMUP, TRAINING,
      "steps over which the learning rate rises from 0; below 1: a share of all steps"},
@@ -14692,7 +16845,9 @@ static const struct Flag FLAGS[] = {
      "responses: shortest limit"},
     {"output_max_length", AT(output_length.max_value), &KIND_COUNT, "ppo, reinforce",
      "and longest plus one (LengthSampler)"},
-    {NAMED(prompt), &KIND_TEXT, "generate, next", "text to continue"},
+    {NAMED(prompt), &KIND_TEXT, "generate, next, explain", "text to continue"},
+    {NAMED(response), &KIND_STRING, "explain", "the answer to --prompt; default: a sampled one"},
+    {NAMED(rejected), &KIND_STRING, "explain", "a second, worse answer; default: a sampled one"},
     {OF(generation, temperature), &KIND_TEMPERATURE, "generate, next, " SAMPLING ", rlhf, dpo",
      "divides the logits; towards 0 only the likeliest token is left"},
     {OF(generation, top_k), &KIND_SIZE, "generate, next, " SAMPLING,
@@ -14702,7 +16857,7 @@ static const struct Flag FLAGS[] = {
     {OF(generation, repetition_penalty), &KIND_POSITIVE, "generate, next",
      "above 1: ids already there become less likely"},
     {OF(generation, no_repeat_ngram_size), &KIND_SIZE, "generate", "no n-gram twice"},
-    {OF(generation, max_new_tokens), &KIND_COUNT, "generate, collect, eval, exact",
+    {OF(generation, max_new_tokens), &KIND_COUNT, "generate, collect, eval, exact, explain",
      "at most so many new tokens (exact: just so many)"},
     {OF(generation, min_new_tokens), &KIND_SIZE, "generate", "at least so many"},
     {OF(generation, num_beams), &KIND_COUNT, "generate", "beam search with so many beams"},
@@ -14713,8 +16868,11 @@ static const struct Flag FLAGS[] = {
      "draw tokens instead of taking the likeliest"},
     {OF(generation, num_return_sequences), &KIND_COUNT, "generate", "samples of each prompt"},
     HEADING("What is printed"),
-    {NAMED(top_n), &KIND_COUNT, "next", "rows of the table"},
-    {NAMED(json), &KIND_BOOL, "exact, generate, next", "one JSON object a line"},
+    {NAMED(top_n), &KIND_COUNT, "next, explain", "rows of the table"},
+    {NAMED(json), &KIND_BOOL, "exact, generate, next, explain", "one JSON object a line"},
+    {NAMED(language), &KIND_LANGUAGE, "explain", "of headings and sentences"},
+    {NAMED(example), &KIND_STRING, "explain",
+     "a JSON file with other numbers, as --json prints them"},
     {NAMED(jsonl), &KIND_BOOL, "tokenize", "{\"text\"} a line in, {\"input_ids\"} a line out"},
     {NAMED(decode), &KIND_BOOL, "tokenize", "ids in, the exact bytes out"},
     HEADING("Steps of the stages"),
@@ -16246,6 +18404,729 @@ static void command_exact(struct Options *o) {
     exact_print(w, o->json);
 }
 
+/* ---- The example of explain ----------------------------------------------------------------- */
+
+/* Text as it stands, in quotes: JSON without a backslash before each of its own. */
+#define JSON_TEXT(...) #__VA_ARGS__
+
+/* The built-in example, a member for each topic. --example FILE replaces fields of one of them. */
+// clang-format off
+static const char EXPLAIN_EXAMPLE[] = JSON_TEXT({
+    "softmax": {"prompt": "The film is", "tokens": [" a", " far", " not", " so"],
+                "logits": [2, 1, 1.5, 0.5], "temperature": 1},
+    "sampling": {"prompt": "The film is", "tokens": [" a", " far", " not", " so"],
+                 "logits": [2, 1, 1.5, 0.5], "ids": [2], "repetition_penalty": 1.2,
+                 "temperature": 0.7, "top_k": 3, "top_p": 0.9, "u": 0.6},
+    "kl": {"prompt": "The film is", "tokens": [" a", " far", " not", " so"],
+           "p_logits": [2, 1, 1.5, 0.5], "q_logits": [2, 0.8, 1.3, 0]},
+    "reward": {"chosen": 1, "rejected": -0.6, "margin": 0, "center_rewards_coefficient": 0},
+    "reinforce": {"prompt": "The film is", "baseline": "rloo", "beta": 0.2, "answers": [
+        {"tokens": [" a", " lot", " of", " fun"], "score": 1,
+         "logps": [-0.79, -1.8, -0.05, -0.7], "ref_logps": [-0.66, -2.3, -0.05, -1.2]},
+        {"tokens": [" far", " too", " long", "."], "score": -0.6,
+         "logps": [-1.79, -0.6, -0.8, -0.5], "ref_logps": [-1.86, -0.7, -0.7, -0.5]}]},
+    "gae": {"prompt": "The film is", "gamma": 1, "lam": 0.95, "answers": [
+        {"tokens": [" a", " lot", " of", " fun"],
+         "rewards": [0.026, -0.1, 0, 0.9], "values": [0.4, 0.3, 0.5, 0.5]},
+        {"tokens": [" far", " too", " long", "."],
+         "rewards": [-0.014, -0.02, 0.02, -0.6], "values": [0.4, -0.1, -0.2, -0.4]}]},
+    "ppo": {"prompt": "The film is", "kl_coef": 0.2, "gamma": 1, "lam": 0.95,
+            "cliprange": 0.2, "cliprange_value": 0.2, "vf_coef": 0.1, "answers": [
+        {"tokens": [" a", " lot", " of", " fun"], "score": 1,
+         "logprobs": [-0.79, -1.8, -0.05, -0.7], "ref_logprobs": [-0.66, -2.3, -0.05, -1.2],
+         "values": [0.4, 0.3, 0.5, 0.5],
+         "new_logprobs": [-0.69, -1.7, -0.04, -0.4], "new_values": [0.45, 0.35, 0.6, 0.85]},
+        {"tokens": [" far", " too", " long", "."], "score": -0.6,
+         "logprobs": [-1.79, -0.6, -0.8, -0.5], "ref_logprobs": [-1.86, -0.7, -0.7, -0.5],
+         "values": [0.4, -0.1, -0.2, -0.4],
+         "new_logprobs": [-1.94, -0.65, -0.82, -0.5],
+         "new_values": [0.45, -0.15, -0.25, -0.5]}]},
+    "dpo": {"prompt": "The film is", "beta": 0.1, "label_smoothing": 0,
+            "chosen_tokens": [" a", " lot", " of", " fun"],
+            "chosen_logprobs": [-0.79, -1.8, -0.05, -0.7],
+            "ref_chosen_logprobs": [-0.66, -2.3, -0.05, -1.2],
+            "rejected_tokens": [" far", " too", " long", "."],
+            "rejected_logprobs": [-1.79, -0.6, -0.8, -0.5],
+            "ref_rejected_logprobs": [-1.86, -0.7, -0.7, -0.5]},
+    "exact": {"tokens": ["answer 1", "answer 2", "all else"], "beta": 0.5,
+              "ref_probabilities": [0.2, 0.3, 0.5], "rewards": [1, -0.6, 0]}
+});
+// clang-format on
+
+/* Adds a member to an object or, with key "", an item to a list. */
+static struct Json *json_append(struct Json *parent, const char *key, struct Json *item) {
+    struct Json **end = &parent->child;
+    while (*end)
+        end = &(*end)->next;
+    *end = item;
+    item->key = text_of(key);
+    parent->number++;
+    return item;
+}
+
+/* The same with a new item. */
+static struct Json *json_add(struct Arena *arena, struct Json *parent, const char *key,
+                             enum JsonType type) {
+    struct Json *item = arena_zeros(arena, 1, sizeof *item);
+    item->type = type;
+    return json_append(parent, key, item);
+}
+
+/* A field of an example: its topics, and what it may be. */
+enum FieldKind {
+    FIELD_NUMBER,
+    FIELD_WHOLE,
+    FIELD_BASELINE, /* none, mean, rloo */
+    FIELD_LIST, /* of numbers, one or more */
+    FIELD_LOGPS, /* a number, or a list of them */
+    FIELD_IDS, /* whole numbers, none or more: each a place in `beside` */
+    FIELD_ANSWERS, /* objects, one or more */
+    FIELD_TOKENS, /* strings: labels, which may be missing */
+    FIELD_PROMPT
+};
+
+static const struct ExampleField {
+    const char *topics, *name;
+    enum FieldKind kind;
+    double least, most;
+    bool in_answer; /* a field of each answer */
+    const char *beside; /* the list that it is as long as, or NULL */
+} EXAMPLE_FIELDS[] = {
+    {"softmax, sampling, kl, reinforce, gae, ppo, dpo", "prompt", FIELD_PROMPT, 0, 0, false, NULL},
+    {"softmax, sampling", "logits", FIELD_LIST, -300, 300, false, NULL},
+    {"softmax, sampling", "tokens", FIELD_TOKENS, 0, 0, false, "logits"},
+    {"sampling", "ids", FIELD_IDS, 0, 1e6, false, "logits"},
+    {"sampling", "repetition_penalty", FIELD_NUMBER, 0.001, 1000, false, NULL},
+    {"softmax, sampling", "temperature", FIELD_NUMBER, 0.001, 1000, false, NULL},
+    {"sampling", "top_k", FIELD_WHOLE, 0, 1000000, false, NULL},
+    {"sampling", "top_p", FIELD_NUMBER, 0, 1, false, NULL},
+    {"sampling", "u", FIELD_NUMBER, 0, 0.999999999, false, NULL},
+    {"kl", "p_logits", FIELD_LIST, -300, 300, false, NULL},
+    {"kl", "q_logits", FIELD_LIST, -300, 300, false, "p_logits"},
+    {"kl", "tokens", FIELD_TOKENS, 0, 0, false, "p_logits"},
+    {"reward", "chosen", FIELD_NUMBER, -1e6, 1e6, false, NULL},
+    {"reward", "rejected", FIELD_NUMBER, -1e6, 1e6, false, NULL},
+    {"reward", "margin", FIELD_NUMBER, -1e6, 1e6, false, NULL},
+    {"reward", "center_rewards_coefficient", FIELD_NUMBER, 0, 1000, false, NULL},
+    {"reinforce", "baseline", FIELD_BASELINE, 0, 0, false, NULL},
+    {"reinforce", "beta", FIELD_NUMBER, 0, 1000, false, NULL},
+    {"dpo, exact", "beta", FIELD_NUMBER, 0.001, 1000, false, NULL},
+    {"dpo", "label_smoothing", FIELD_NUMBER, 0, 0.5, false, NULL},
+    {"ppo", "kl_coef", FIELD_NUMBER, 0, 1000, false, NULL},
+    {"gae, ppo", "gamma", FIELD_NUMBER, 0, 1, false, NULL},
+    {"gae, ppo", "lam", FIELD_NUMBER, 0, 1, false, NULL},
+    {"ppo", "cliprange", FIELD_NUMBER, 0, 1000, false, NULL},
+    {"ppo", "cliprange_value", FIELD_NUMBER, 0, 1000, false, NULL},
+    {"ppo", "vf_coef", FIELD_NUMBER, 0, 1000, false, NULL},
+    {"dpo", "chosen_logprobs", FIELD_LIST, -80, 0, false, NULL},
+    {"dpo", "ref_chosen_logprobs", FIELD_LIST, -80, 0, false, "chosen_logprobs"},
+    {"dpo", "chosen_tokens", FIELD_TOKENS, 0, 0, false, "chosen_logprobs"},
+    {"dpo", "rejected_logprobs", FIELD_LIST, -80, 0, false, NULL},
+    {"dpo", "ref_rejected_logprobs", FIELD_LIST, -80, 0, false, "rejected_logprobs"},
+    {"dpo", "rejected_tokens", FIELD_TOKENS, 0, 0, false, "rejected_logprobs"},
+    {"exact", "ref_probabilities", FIELD_LIST, 1e-9, 1, false, NULL},
+    {"exact", "rewards", FIELD_LIST, -1e6, 1e6, false, "ref_probabilities"},
+    {"exact", "tokens", FIELD_TOKENS, 0, 0, false, "ref_probabilities"},
+    {"reinforce, gae, ppo", "answers", FIELD_ANSWERS, 0, 0, false, NULL},
+    {"reinforce, ppo", "score", FIELD_NUMBER, -1e6, 1e6, true, NULL},
+    {"reinforce", "logps", FIELD_LOGPS, -1e6, 0, true, NULL},
+    {"reinforce", "ref_logps", FIELD_LOGPS, -1e6, 0, true, "logps"},
+    {"reinforce", "tokens", FIELD_TOKENS, 0, 0, true, "logps"},
+    {"gae", "rewards", FIELD_LIST, -1e6, 1e6, true, NULL},
+    {"gae", "values", FIELD_LIST, -1e6, 1e6, true, "rewards"},
+    {"gae", "tokens", FIELD_TOKENS, 0, 0, true, "rewards"},
+    {"ppo", "logprobs", FIELD_LIST, -80, 0, true, NULL},
+    {"ppo", "ref_logprobs", FIELD_LIST, -80, 0, true, "logprobs"},
+    {"ppo", "values", FIELD_LIST, -1e6, 1e6, true, "logprobs"},
+    {"ppo", "new_logprobs", FIELD_LIST, -80, 0, true, "logprobs"},
+    {"ppo", "new_values", FIELD_LIST, -1e6, 1e6, true, "logprobs"},
+    {"ppo", "tokens", FIELD_TOKENS, 0, 0, true, "logprobs"},
+};
+
+/* What a topic adds to its example, in an answer or beside them; NULL for a topic without example.
+ * In an example that is read they are passed over, so that a saved output can be one. */
+static const char *topic_adds(const char *topic) {
+    static const char *const adds[][2] = {
+        {"softmax", "probabilities, log_sum_exp, entropy, argmax"},
+        {"sampling", "penalized, scaled, after_top_k, after_top_p, probabilities, token"},
+        {"kl", "kl, k1, k3, mean_k1, mean_k3"},
+        {"reward", "probability, loss, dchosen, drejected"},
+        {"reinforce", "reward, advantage, dlogps, loss"},
+        {"gae", "deltas, raw_advantages, returns, advantages"},
+        {"ppo", "kl, rewards, deltas, raw_advantages, returns, advantages, ratios, clipped, "
+                "token_losses, dlogprobs, value_losses, dvalues, policy_loss, value_loss, loss"},
+        {"dpo", "chosen_logp, ref_chosen_logp, rejected_logp, ref_rejected_logp, delta, loss, "
+                "dchosen, drejected, reward_chosen, reward_rejected"},
+        {"exact", "Z, optimum, objective_ref, objective_max"},
+    };
+    for (size_t i = 0; i < COUNT(adds); i++)
+        if (strcmp(adds[i][0], topic) == 0)
+            return adds[i][1];
+    return NULL;
+}
+
+/* Where an example comes from, and for which topic. */
+struct ExampleReader {
+    struct Arena *arena;
+    const char *topic;
+};
+
+/* What was found in place of something else, for a message. */
+static const char *json_found(struct Arena *arena, const struct Json *json) {
+    static const char *const words[] = {"null", "false", "true", "", "", "a list", "an object"};
+    if (json->type == JSON_NUMBER && json->string.length > 0)
+        return arena_printf(arena, "%.*s", (int)MIN(json->string.length, (size_t)20),
+                            json->string.data);
+    if (json->type == JSON_STRING)
+        return arena_printf(arena, "the text \"%s\"",
+                            cut_text((char *)text_copy(arena, json->string).data, 20));
+    return words[json->type];
+}
+
+/* A number in the field's range. It keeps nine digits, as many as --json prints: so an output, read
+ * again, is the same example. */
+static void check_field_number(const struct ExampleReader *r, const struct ExampleField *field,
+                               struct Json *json, const char *place) {
+    bool is_whole = field->kind == FIELD_WHOLE || field->kind == FIELD_IDS;
+    CHECK(json->type == JSON_NUMBER && json->number >= field->least && json->number <= field->most
+              && (!is_whole || json->number == floor(json->number)),
+          "%s: %s was expected, from %.9g to %.9g; found: %s", place,
+          is_whole ? "a whole number" : "a number", field->least, field->most,
+          json_found(r->arena, json));
+    json->number = strtod(json_number_text(json->number), NULL);
+}
+
+static struct Json *example_fields(const struct ExampleReader *r, const struct Json *given,
+                                   const struct Json *builtin, const char *place, bool in_answer);
+
+/* The objects in a list of answers, each completed by the built-in answer at its place. */
+static struct Json *example_answers(const struct ExampleReader *r, const struct Json *given,
+                                    const struct Json *builtin, const char *place) {
+    struct Json *list = arena_zeros(r->arena, 1, sizeof *list);
+    struct Json **end = &list->child;
+    list->type = JSON_ARRAY;
+    const struct Json *also = builtin->child;
+    for (const struct Json *item = given->child; item; item = item->next) {
+        const char *here = arena_printf(r->arena, "%s[%g]", place, list->number++);
+        CHECK(item->type == JSON_OBJECT, "%s: an object {...} was expected; found: %s", here,
+              json_found(r->arena, item));
+        *end = example_fields(r, item, also, arena_printf(r->arena, "%s.", here), true);
+        end = &(*end)->next;
+        also = also ? also->next : NULL;
+    }
+    return list;
+}
+
+/* Checks a field by itself; returns it as a node of its own. */
+static struct Json *example_field(const struct ExampleReader *r, const struct ExampleField *field,
+                                  const struct Json *given, const struct Json *builtin,
+                                  const char *place) {
+    struct Json *json = arena_alloc(r->arena, 1, sizeof *json);
+    *json = *given;
+    json->next = NULL;
+    const char *found = json_found(r->arena, json);
+    enum FieldKind kind = field->kind;
+    bool is_list = json->type == JSON_ARRAY;
+
+    /* 1. One value. */
+    if (kind == FIELD_NUMBER || kind == FIELD_WHOLE || (kind == FIELD_LOGPS && !is_list))
+        check_field_number(r, field, json, place);
+    if (kind == FIELD_PROMPT)
+        CHECK(json->type == JSON_STRING, "%s: a text was expected; found: %s", place, found);
+    if (kind == FIELD_BASELINE)
+        CHECK(json->type == JSON_STRING && list_has(KIND_BASELINE.expected, json->string.data),
+              "%s: \"none\", \"mean\" or \"rloo\" was expected; found: %s", place, found);
+    if (kind < FIELD_LIST || kind == FIELD_PROMPT || (kind == FIELD_LOGPS && !is_list))
+        return json;
+
+    /* 2. A list, and its items. */
+    CHECK(is_list, "%s: a list [...] was expected; found: %s", place, found);
+    CHECK(json->child || kind == FIELD_IDS, "%s: an empty list; one item or more was expected",
+          place);
+    if (kind == FIELD_ANSWERS) {
+        struct Json *answers = example_answers(r, given, builtin, place);
+        answers->key = json->key;
+        return answers;
+    }
+    size_t i = 0;
+    for (struct Json *item = json->child; item; item = item->next) {
+        const char *here = arena_printf(r->arena, "%s[%zu]", place, i++);
+        if (kind == FIELD_TOKENS)
+            CHECK(item->type == JSON_STRING, "%s: a text was expected; found: %s", here,
+                  json_found(r->arena, item));
+        else
+            check_field_number(r, field, item, here);
+    }
+    return json;
+}
+
+/* Does a list fit the list beside it? Built-in labels that do not are left out, instead. */
+static bool field_fits(const struct ExampleField *field, const struct Json *json,
+                       const struct Json *object, const char *place, bool is_given) {
+    const struct Json *beside = field->beside ? json_get(object, field->beside) : NULL;
+    if (!beside || json->type != JSON_ARRAY)
+        return true;
+    if (field->kind == FIELD_IDS) {
+        for (const struct Json *item = json->child; item; item = item->next)
+            CHECK(item->number < beside->number, "%s: id %g; %s has %g items, the first is id 0",
+                  place, item->number, field->beside, beside->number);
+        return true;
+    }
+    bool fits = beside->type != JSON_ARRAY || json->number == beside->number;
+    CHECK(fits || (field->kind == FIELD_TOKENS && !is_given),
+          "%s: %g items; %g were expected, as many as %s has", place, json->number, beside->number,
+          field->beside);
+    return fits;
+}
+
+/* Does this topic have the field? */
+static const struct ExampleField *find_field(const char *topic, struct Text name, bool in_answer) {
+    for (size_t i = 0; i < COUNT(EXAMPLE_FIELDS); i++)
+        if (list_has(EXAMPLE_FIELDS[i].topics, topic) && EXAMPLE_FIELDS[i].in_answer == in_answer
+            && text_equal(text_of(EXAMPLE_FIELDS[i].name), name))
+            return &EXAMPLE_FIELDS[i];
+    return NULL;
+}
+
+/* The fields of an object: the given ones, the built-in ones for those left out. */
+static struct Json *example_fields(const struct ExampleReader *r, const struct Json *given,
+                                   const struct Json *builtin, const char *place, bool in_answer) {
+    struct Json *object = arena_zeros(r->arena, 1, sizeof *object);
+    object->type = JSON_OBJECT;
+    /* 1. A misspelt name would otherwise do nothing. */
+    for (const struct Json *item = given->child; item; item = item->next) {
+        const char *name = arena_printf(r->arena, "%.*s", (int)item->key.length, item->key.data);
+        CHECK(find_field(r->topic, item->key, in_answer) || list_has(topic_adds(r->topic), name),
+              "%s%s: explain %s has no field of this name here; `align explain %s --json` prints "
+              "those that it has",
+              place, cut_text((char *)name, 40), r->topic, r->topic);
+    }
+
+    /* 2. In the order of the table, so that a list comes after the one beside it. */
+    for (size_t i = 0; i < COUNT(EXAMPLE_FIELDS); i++) {
+        const struct ExampleField *field = &EXAMPLE_FIELDS[i];
+        if (!list_has(field->topics, r->topic) || field->in_answer != in_answer)
+            continue;
+        const char *here = arena_printf(r->arena, "%s%s", place, field->name);
+        const struct Json *fallback = json_get(builtin, field->name);
+        const struct Json *item = json_get(given, field->name);
+        bool is_label = field->kind == FIELD_TOKENS || field->kind == FIELD_PROMPT;
+        CHECK(item || fallback || is_label,
+              "%s: is missing; only answers 1 and 2 have built-in values", here);
+        if (!item && !fallback)
+            continue;
+        struct Json *json = example_field(r, field, item ? item : fallback, fallback, here);
+        if (field_fits(field, json, object, here, item != NULL))
+            json_append(object, field->name, json);
+    }
+    return object;
+}
+
+/* The example of a topic: the built-in one, with the fields that `given` has. place: where that is
+ * from. */
+static struct Json *example_read(struct Arena *arena, const char *topic, const struct Json *given,
+                                 const char *place) {
+    struct ExampleReader r = {arena, topic};
+    struct Json *all = json_object(arena, text_of(EXPLAIN_EXAMPLE), "the built-in example", "");
+    return example_fields(&r, given, json_get(all, topic), place, false);
+}
+
+static double get_number(const struct Json *object, const char *name) {
+    return json_number_or(object, name, 0);
+}
+
+static const char *get_word(const struct Json *object, const char *name) {
+    return json_text_or(object, name, "");
+}
+
+/* How many items a list has; 0 if it is none. */
+static size_t get_count(const struct Json *object, const char *name) {
+    return json_type(object, name) == JSON_ARRAY ? (size_t)json_get(object, name)->number : 0;
+}
+
+static float *get_list(struct Explain *x, const struct Json *object, const char *name) {
+    float *list = arena_floats(x->arena, get_count(object, name));
+    size_t n = 0;
+    const struct Json *json = json_get(object, name);
+    for (const struct Json *item = json ? json->child : NULL; item; item = item->next)
+        list[n++] = (float)item->number;
+    return list;
+}
+
+static struct Json **get_answers(struct Explain *x) {
+    struct Json **list = arena_alloc(x->arena, get_count(x->example, "answers"), sizeof *list);
+    size_t n = 0;
+    for (struct Json *item = json_get(x->example, "answers")->child; item; item = item->next)
+        list[n++] = item;
+    return list;
+}
+
+/* Token i in quotes, or its number where tokens have no names. */
+static const char *get_label(struct Explain *x, const struct Json *object, const char *tokens,
+                             size_t i) {
+    const struct Json *item = json_get(object, tokens);
+    if (!item)
+        return arena_printf(x->arena, "%-12zu", i);
+    item = item->child;
+    for (size_t t = 0; t < i; t++)
+        item = item->next;
+    return token_label(x, item->string, 12);
+}
+
+static void put_number(struct Explain *x, struct Json *object, const char *name, double number) {
+    json_add(x->arena, object, name, JSON_NUMBER)->number = number;
+}
+
+static void put_list(struct Explain *x, struct Json *object, const char *name, const double *list,
+                     size_t n, bool is_flags) {
+    struct Json *array = json_add(x->arena, object, name, JSON_ARRAY);
+    for (size_t i = 0; i < n; i++) {
+        enum JsonType flag = list[i] != 0 ? JSON_TRUE : JSON_FALSE;
+        json_add(x->arena, array, "", is_flags ? flag : JSON_NUMBER)->number = list[i];
+    }
+}
+
+/* ---- The same tables for real models -------------------------------------------------------- */
+
+/* With --model_name_or_path the example's JSON is not read but made, of the models' numbers: the
+ * topics see no difference. */
+
+static void json_add_floats(struct Arena *arena, struct Json *parent, const char *key,
+                            const float *x, size_t n) {
+    struct Json *list = json_add(arena, parent, key, JSON_ARRAY);
+    for (size_t i = 0; i < n; i++)
+        json_add(arena, list, "", JSON_NUMBER)->number = x[i];
+}
+
+/* The texts of n ids, which become the labels of rows. */
+static void json_add_tokens(struct Options *o, struct Json *parent, const char *key, const int *ids,
+                            size_t n) {
+    struct Json *list = json_add(&o->arena, parent, key, JSON_ARRAY);
+    for (size_t i = 0; i < n; i++)
+        json_add(&o->arena, list, "", JSON_STRING)->string =
+            tokenizer_decode(o->tok, ids[i], o->model->config.vocab_size);
+}
+
+/* The logits (V) of the token after the prompt. */
+static float *next_logits(struct Options *o, const struct GPT2 *model, struct Example prompt) {
+    size_t V = model->config.vocab_size;
+    struct Batch batch = collate(&o->arena, &prompt, 1, READ_LAST);
+    struct Activations acts = gpt2_forward(model, &o->arena, &batch, false);
+    float *logits = arena_floats(&o->arena, V);
+    output_logits(model, logits, acts.ln_f + (prompt.n - 1) * model->config.n_embd, 1);
+    check_numbers(model, &o->arena, &batch, "a logit of the next token", logits, V);
+    return logits;
+}
+
+/* softmax, sampling, kl: the likeliest --top_n next tokens, as if they were the whole
+ * vocabulary. */
+static void example_of_next(struct Options *o, struct Json *example, const char *topic) {
+    struct Arena *arena = &o->arena;
+    size_t V = o->model->config.vocab_size;
+    struct Example prompt = prompt_encode(o, text_of(o->prompt), 1);
+    float *logits = next_logits(o, o->model, prompt);
+    float *scratch = arena_floats(arena, V);
+    bool is_kl = strcmp(topic, "kl") == 0;
+
+    /* 1. Which they are; of the prompt's tokens among them, their places. */
+    struct Candidate *best = arena_alloc(arena, MIN(o->top_n, V), sizeof *best);
+    size_t n = beam_candidates(logits, V, o->top_n, arena, best);
+    int *ids = arena_alloc(arena, n, sizeof *ids);
+    float *shown = arena_floats(arena, n);
+    float *written = arena_floats(arena, n);
+    size_t written_count = 0;
+    for (size_t i = 0; i < n; i++) {
+        ids[i] = best[i].id;
+        shown[i] = best[i].value;
+        size_t t = 0;
+        while (t < prompt.n && prompt.ids[t] != ids[i])
+            t++;
+        if (t < prompt.n)
+            written[written_count++] = (float)i;
+    }
+    json_add_tokens(o, example, "tokens", ids, n);
+    json_add_floats(arena, example, is_kl ? "p_logits" : "logits", shown, n);
+    if (strcmp(topic, "sampling") == 0)
+        json_add_floats(arena, example, "ids", written, written_count);
+
+    /* 2. What they leave out. */
+    float lse = log_sum_exp(logits, V, scratch);
+    say("%zu of %zu tokens are shown, as if there were no others; they hold %.4f of the "
+        "probability\n",
+        n, V, exp(log_sum_exp(shown, n, scratch) - lse));
+    if (!is_kl)
+        return;
+
+    /* 3. The same tokens' logits under the reference. */
+    float *ref_logits = next_logits(o, o->reference, prompt);
+    for (size_t i = 0; i < n; i++)
+        shown[i] = ref_logits[ids[i]];
+    json_add_floats(arena, example, "q_logits", shown, n);
+    say("over all tokens the KL is %.4f nats\n",
+        kl_exact(logits, lse, ref_logits, log_sum_exp(ref_logits, V, scratch), V));
+}
+
+/* Two answers to --prompt: --response and --rejected; what is not given is sampled. */
+static struct Rollout *explain_answers(struct Options *o) {
+    static const char *const flags[] = {"--response", "--rejected"};
+    const char *texts[] = {o->response, o->rejected};
+    const struct GPT2Config *config = &o->model->config;
+    struct Rollout *rollouts = arena_zeros(&o->arena, 2, sizeof *rollouts);
+
+    /* 1. Two samples, needed or not: what one is does not depend on whether the other is given. */
+    struct Example prompt = prompt_encode(o, text_of(o->prompt), 1);
+    struct Rng rng = rng_seed(o->train.seed, STREAM_SAMPLE);
+    o->generation.do_sample = true;
+    CHECK(prompt.n < config->n_positions, "--prompt fills the model's context: no answer fits");
+    struct Example *answers =
+        sample_answers(o->model, &o->arena, &prompt, 1, 2, &o->generation, &rng);
+
+    /* 2. The given ones take their places. */
+    for (size_t i = 0; i < 2; i++) {
+        if (texts[i])
+            answers[i] = example_prompt_completion(&o->arena, o->tok, text_of(o->prompt),
+                                                   text_of(texts[i]), config->vocab_size, NULL);
+        size_t n = answers[i].n;
+        CHECK(answers[i].prompt_length > 0 && n > answers[i].prompt_length,
+              "%s: a token or more was expected, after a prompt of one or more", flags[i]);
+        CHECK(n <= config->n_positions, "%s: %zu tokens with the prompt; the context has %zu",
+              flags[i], n, config->n_positions);
+        rollouts[i] = (struct Rollout){answers[i], n - answers[i].prompt_length, 0};
+    }
+
+    /* 3. Their scores. */
+    if (!o->reward_model_path)
+        return rollouts;
+    o->reward_model = load_model(o, o->reward_model_path);
+    check_reward_model(o->reward_model, o->reward_model_path);
+    struct Scorer scorer = {.reward_model = o->reward_model, .tok = o->tok, .std = 1};
+    float scores[2];
+    scorer_score(&scorer, &o->arena, answers, 2, config, scores);
+    for (size_t i = 0; i < 2; i++)
+        rollouts[i].score = scores[i];
+    return rollouts;
+}
+
+/* Which numbers of a token each topic wants, and under which name: `ref_` in front, or nothing. */
+enum Column { LOGPROBS, REF_LOGPROBS, VALUES, REWARDS, NEW_LOGPROBS, NEW_VALUES, COLUMNS };
+static const struct {
+    const char *topics, *before, *name;
+    enum Column column;
+} ANSWER_FIELDS[] = {
+    {"ppo, dpo", "", "logprobs", LOGPROBS},    {"ppo, dpo", "ref_", "logprobs", REF_LOGPROBS},
+    {"ppo, gae", "", "values", VALUES},        {"gae", "", "rewards", REWARDS},
+    {"ppo", "new_", "logprobs", NEW_LOGPROBS}, {"ppo", "new_", "values", NEW_VALUES},
+    {"reinforce", "", "logps", LOGPROBS},      {"reinforce", "ref_", "logps", REF_LOGPROBS},
+};
+
+/* One answer's fields. Those of dpo are the example's own; `side`, in their names, tells which. */
+static void example_add_answer(struct Options *o, struct Json *parent, const char *topic,
+                               const struct Rollout *rollout, const char *side, size_t start,
+                               const float *const columns[COLUMNS]) {
+    size_t n = rollout->response_length;
+    if (list_has("ppo, reinforce", topic))
+        json_add(&o->arena, parent, "score", JSON_NUMBER)->number = rollout->score;
+    json_add_tokens(o, parent, arena_printf(&o->arena, "%stokens", side),
+                    rollout->example.ids + rollout->example.prompt_length, n);
+    for (size_t k = 0; k < COUNT(ANSWER_FIELDS); k++) {
+        if (!list_has(ANSWER_FIELDS[k].topics, topic))
+            continue;
+        const char *name =
+            arena_printf(&o->arena, "%s%s%s", ANSWER_FIELDS[k].before, side, ANSWER_FIELDS[k].name);
+        json_add_floats(&o->arena, parent, name, columns[ANSWER_FIELDS[k].column] + start, n);
+    }
+}
+
+/* gae, ppo, reinforce, dpo: what a step of PPO knows of the two answers. `new` is what the policy
+ * says of them after the step's ppo_epochs updates, with --learning_rate. */
+static void example_of_answers(struct Options *o, struct Json *example, const char *topic) {
+    /* 1. A trainer whose batch is the two answers. */
+    struct Rollout *rollouts = explain_answers(o);
+    struct PPOConfig config = ppo_config();
+    config.batch_size = 2;
+    config.mini_batch_size = 2;
+    o->train.max_grad_norm = 0;
+    if (list_has("gae, ppo", topic) && !o->model->v_head.weight.n)
+        warn("%s: has no value head; a new one is used, as PPO starts with", o->model_name_or_path);
+    struct RolloutTrainer *trainer = ppo_trainer_new(o->model, o->reference, config, o->train, 1);
+
+    /* 2. Steps 2, 3 and 5 of ppo_step; the topics do the rest themselves. */
+    struct PPOBatch p = ppo_evaluate_rollouts(trainer, rollouts);
+    ppo_rewards(trainer, &p, (float[]){rollouts[0].score, rollouts[1].score});
+    ppo_advantages(&config, &p);
+    struct PPOForward *now = p.forward;
+    if (strcmp(topic, "ppo") == 0) {
+        double sums[PPO_STATS] = {0};
+        ppo_optimize(trainer, rollouts, &p, sums);
+        now = ppo_forward(trainer, &trainer->arena, rollout_examples(&trainer->arena, rollouts, 2),
+                          2, false);
+    }
+
+    /* 3. The fields. */
+    const float *const columns[COLUMNS] = {
+        p.logprobs, p.ref_logprobs, p.values, p.rewards, now->head.logprob, now->values,
+    };
+    bool is_dpo = strcmp(topic, "dpo") == 0;
+    const char *sides[] = {is_dpo ? "chosen_" : "", is_dpo ? "rejected_" : ""};
+    struct Json *list = is_dpo ? NULL : json_add(&o->arena, example, "answers", JSON_ARRAY);
+    for (size_t i = 0; i < 2; i++) {
+        struct Json *answer = is_dpo ? example : json_add(&o->arena, list, "", JSON_OBJECT);
+        example_add_answer(o, answer, topic, &rollouts[i], sides[i], p.start[i], columns);
+    }
+    rollout_trainer_free(trainer);
+}
+
+/* reward: the score of an answer, whose text the topic has no field for. */
+static void example_add_reward(struct Options *o, struct Json *example, const char *side,
+                               const struct Rollout *rollout) {
+    const struct Example *e = &rollout->example;
+    struct Text text =
+        tokenizer_decode_all(o->tok, &o->arena, e->ids, e->n, o->model->config.vocab_size);
+    json_add(&o->arena, example, side, JSON_NUMBER)->number = rollout->score;
+    say("%s: %s\n", side, text_shown(&o->arena, text, "").data);
+}
+
+#define TO_TWO_ANSWERS "prompt, response, rejected, seed, max_new_tokens"
+
+/* The flags that a topic takes for real models, and those of them that it needs. */
+static const struct ModelTopic {
+    const char *topics, *takes, *needs;
+} MODEL_TOPICS[] = {
+    {"bpe, attention", "prompt", "prompt"},
+    {"softmax, sampling", "prompt, top_n", "prompt"},
+    {"kl", "prompt, top_n, ref_model", "prompt, ref_model"},
+    {"dpo", TO_TWO_ANSWERS ", ref_model", "prompt"},
+    {"reward", TO_TWO_ANSWERS ", reward_model_path", "prompt, reward_model_path"},
+    {"reinforce, gae", TO_TWO_ANSWERS ", ref_model, reward_model_path",
+     "prompt, reward_model_path"},
+    {"ppo", TO_TWO_ANSWERS ", ref_model, reward_model_path, learning_rate",
+     "prompt, reward_model_path"},
+};
+
+/* Refuses flags that the topic does not take, and asks for those that it needs. */
+static void check_model_flags(struct Options *o, const char *topic) {
+    const char *all = TO_TWO_ANSWERS ", top_n, ref_model, reward_model_path, learning_rate";
+    struct ModelTopic row = {"", "", ""};
+    for (size_t i = 0; i < COUNT(MODEL_TOPICS); i++)
+        if (list_has(MODEL_TOPICS[i].topics, topic))
+            row = MODEL_TOPICS[i];
+    if (o->model_name_or_path && !*row.topics)
+        die_usage("explain %s has no table for real models; leave --model_name_or_path out", topic);
+    for (const char *name; (name = take_name(&o->arena, &all));) {
+        /* a word of one's own needs no model */
+        bool is_word = strcmp(topic, "bpe") == 0 && strcmp(name, "prompt") == 0;
+        if (given(o, name) && !o->model_name_or_path && !is_word)
+            die_usage("--%s is about real models: explain %s needs --model_name_or_path with it",
+                      name, topic);
+        if (given(o, name) && !list_has(row.takes, name))
+            die_usage("--%s: explain %s has no use for it; it takes %s", name, topic, row.takes);
+        if (!given(o, name) && o->model_name_or_path && list_has(row.needs, name))
+            die_usage("--%s is needed for explain %s with a model", name, topic);
+    }
+}
+
+/* The topic's example made of real models' numbers; NULL without --model_name_or_path, and for
+ * topics that ask the model themselves. */
+static struct Json *example_of_models(struct Options *o, const char *topic) {
+    check_model_flags(o, topic);
+    if (!o->model_name_or_path)
+        return NULL;
+    open_model(o, false);
+    leave_out_reward_head(o->model);
+    if (list_has("bpe, attention", topic))
+        return NULL;
+    if (!list_has("softmax, sampling, reward", topic))
+        load_reference(o);
+    struct Json *example = arena_zeros(&o->arena, 1, sizeof *example);
+    example->type = JSON_OBJECT;
+    if (strcmp(topic, "reward") == 0) {
+        struct Rollout *rollouts = explain_answers(o);
+        example_add_reward(o, example, "chosen", &rollouts[0]);
+        example_add_reward(o, example, "rejected", &rollouts[1]);
+        return example;
+    }
+    json_add(&o->arena, example, "prompt", JSON_STRING)->string = text_of(o->prompt);
+    if (list_has("softmax, sampling, kl", topic))
+        example_of_next(o, example, topic);
+    else
+        example_of_answers(o, example, topic);
+    return example;
+}
+
+/* A value as JSON, on one line. */
+static void json_write(FILE *file, const struct Json *json) {
+    static const char *const words[] = {"null", "false", "true"};
+    bool is_list = json->type == JSON_ARRAY;
+    if (json->type < JSON_NUMBER)
+        fputs(words[json->type], file);
+    else if (json->type == JSON_NUMBER)
+        fputs(json_number_text(json->number), file);
+    else if (json->type == JSON_STRING)
+        json_write_string(file, "", json->string);
+    if (json->type < JSON_ARRAY)
+        return;
+    fputc(is_list ? '[' : '{', file);
+    for (const struct Json *item = json->child; item; item = item->next) {
+        fputs(item == json->child ? "" : ", ", file);
+        if (!is_list)
+            json_write_string(file, "", item->key);
+        fputs(is_list ? "" : ": ", file);
+        json_write(file, item);
+    }
+    fputc(is_list ? ']' : '}', file);
+}
+
+static const struct Topic *find_topic(const char *name) {
+    for (size_t i = 0; i < COUNT(TOPICS); i++)
+        if (strcmp(TOPICS[i].name, name) == 0)
+            return &TOPICS[i];
+    die_usage("explain: there is no topic %s; `align explain` lists them", name);
+}
+
+/* The numbers that a topic explains: of --example, of models, or the built-in ones. */
+static void explain_open(struct Options *o, struct Explain *x, const char *topic) {
+    struct Json *given = example_of_models(o, topic);
+    if (o->example && !topic_adds(topic))
+        die_usage("--example: explain %s has numbers of its own; leave it out", topic);
+    if (o->example && o->model_name_or_path)
+        die_usage("--example and --model_name_or_path: the numbers come from one of them; leave "
+                  "the other out");
+    if (strcmp(topic, "bpe") == 0 && !o->tok)
+        load_tokenizer(o);
+    x->tok = o->tok;
+    x->model = o->model;
+    if (!topic_adds(topic))
+        return;
+    x->place = "";
+    if (o->example) {
+        given = json_read_file(&o->arena, o->example);
+        x->place = arena_printf(&o->arena, "%s: ", o->example);
+    }
+    static const struct Json nothing = {.type = JSON_OBJECT};
+    x->example = example_read(&o->arena, topic, given ? given : &nothing, x->place);
+}
+
+/* align explain [TOPIC] -- a topic's text or JSON; without TOPIC the list of them. */
+static void command_explain(struct Options *o) {
+    struct Explain x = {
+        .arena = &o->arena,
+        .prompt = text_of(o->prompt ? o->prompt : "The film is"),
+        .json = o->json,
+        .pt = o->language == LANGUAGE_PT,
+    };
+    for (size_t i = 0; i < COUNT(TOPICS) && !o->file; i++)
+        printf("  %-10s %s\n", TOPICS[i].name, x.pt ? TOPICS[i].pt : TOPICS[i].en);
+    if (!o->file)
+        return;
+    const struct Topic *topic = find_topic(o->file);
+    explain_open(o, &x, topic->name);
+    topic->run(&x);
+    if (x.json && x.example)
+        json_write(stdout, x.example);
+    if (x.json)
+        puts(x.example ? "" : "}");
+}
+
 /* ---- The commands --------------------------------------------------------------------------- */
 
 static const struct Command {
@@ -16291,6 +19172,8 @@ static const struct Command {
     {"merge", "a LoRA adapter folded into its base, saved as a model", command_merge, "output_dir",
      ""},
     {"report", "DIR: report.html again, from a run's logs", command_report, "", ""},
+    {"explain", "[TOPIC]: one example, number by number", command_explain, "",
+     "learning_rate 1.41e-5, max_new_tokens 8, top_n 8"},
     {"glossary", "[TERM]: the course's terms in Portuguese and English", command_glossary, "", ""},
 };
 

@@ -140,7 +140,7 @@ def check_text(text, source, glossary):
     if "viewport" not in text or not text.startswith('<!DOCTYPE html>\n<html lang="en">'):
         check("doctype, lang and viewport", ["missing"])
     others = text.replace("https://git-lfs.github.com/", "")  # a string of align.c
-    loads = re.findall(r"@import[^;]*|url\([^)]*\)|https?://[^\s\"'<)]+", others)
+    loads = re.findall(r"@import[^;]*|url\((?!#)[^)]*\)|https?://[^\s\"'<)]+", others)
     check("one file: nothing else is loaded", page.loads + loads)
     size = len(text.encode())
     expect("under 2.5 MB", size < 2.5e6, f"{size} bytes", f"({size / 1e6:.2f} MB)")

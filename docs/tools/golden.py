@@ -8,15 +8,15 @@ answers as C arrays:
     python3 docs/tools/golden.py > /tmp/golden.h
 
 VERSIONS the numbers were made with
-    Parts A, B, E, in the Python that runs this file:
+    Parts A, B, E, F1, in the Python that runs this file:
         Python 3.11, torch 2.13.0 (CPU), transformers 5.23.0
-    Parts C, D, in a virtual environment, below:
+    Parts C, D, F2, in a virtual environment, below:
         trl 0.11.4, transformers 4.45.2, accelerate 0.34.2, datasets 3.1.0, pyarrow 17.0.0,
         numpy 1.26.4, same torch
 
 TRL 0.11.4 is the last generation with the PPOTrainer the course uses; it does not work with
-transformers 5, so parts C and D run in a second Python. This script starts that Python by itself
-(--trl-python, default /tmp/venv_trl011/bin/python). To make it:
+transformers 5, so parts C, D and F2 run in a second Python. This script starts that Python by
+itself (--trl-python, default /tmp/venv_trl011/bin/python). To make it:
 
     python3 -m venv --system-site-packages /tmp/venv_trl011        # reuses the installed torch
     /tmp/venv_trl011/bin/pip install --no-deps transformers==4.45.2 trl==0.11.4
@@ -29,7 +29,8 @@ use, evaluated in float64 (Python's math.sin and math.cos) and then rounded to f
 PRECISION. Parts A, C and D are computed in float32, as the originals do, and once more in float64
 from the same float32 inputs; the comment on each array gives the largest difference between the two
 ("f32-f64"). A correct float32 program in C should differ from the printed number by about that
-much; a tolerance of 20 times that is fair. Parts B and E are computed in float64 on float32 inputs.
+much; a tolerance of 20 times that is fair. Parts B and E are computed in float64 on float32 inputs,
+part F in float64 on the decimal numbers of the example.
 
 WHAT IS PRINTED
     A1 A2  golden_gpt_*: forward pass, loss, gradient of a tiny GPT-2
@@ -43,6 +44,7 @@ WHAT IS PRINTED
     C      golden_dpo_*: DPO losses
     D      golden_ppo_*, golden_moments*, golden_klctl*: PPO
     E      golden_sched_*: learning-rate schedules
+    F      golden_explain_*: the built-in example of `align explain`, topic by topic
 """
 
 import argparse
@@ -73,6 +75,8 @@ def num(x):
     """
     if isinstance(x, int):
         return str(x)
+    if x == -math.inf:
+        return "-INFINITY"
     s = "%.9g" % x
     return s if any(c in s for c in ".en") else s + ".0"
 
@@ -855,12 +859,164 @@ def part_ppo():
 
 
 # --------------------------------------------------------------------------------------------------
+# F. The built-in example of `align explain`, in float64
+# --------------------------------------------------------------------------------------------------
+# After the prompt four tokens are looked at, as if they were the vocabulary; then two answers of
+# four tokens, the chosen and the rejected one.
+LOGITS, REF_LOGITS = [2.0, 1.0, 1.5, 0.5], [2.0, 0.8, 1.3, 0.0]
+ANSWERS = dict(
+    score=[1.0, -0.6],
+    logprobs=[[-0.79, -1.80, -0.05, -0.70], [-1.79, -0.60, -0.80, -0.50]],
+    ref_logprobs=[[-0.66, -2.30, -0.05, -1.20], [-1.86, -0.70, -0.70, -0.50]],
+    values=[[0.40, 0.30, 0.50, 0.50], [0.40, -0.10, -0.20, -0.40]],
+    new_logprobs=[[-0.69, -1.70, -0.04, -0.40], [-1.94, -0.65, -0.82, -0.50]],
+    new_values=[[0.45, 0.35, 0.60, 0.85], [0.45, -0.15, -0.25, -0.50]],
+)
+
+
+def f64(x, slope=False):
+    return torch.tensor(x, dtype=torch.float64, requires_grad=slope)
+
+
+def answers64():
+    return types.SimpleNamespace(**{name: f64(x) for name, x in ANSWERS.items()})
+
+
+def part_explain():
+    """F1: torch's functions, slopes by autograd; the processors of transformers."""
+    from torch.distributions import Categorical, kl_divergence
+    from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper
+    from transformers import TopKLogitsWarper, TopPLogitsWarper
+
+    title("F1. explain: softmax of {2, 1, 1.5, .5}")
+    x = f64(LOGITS)
+    emit("explain_softmax", x.softmax(0))
+    emit("explain_log_sum_exp", x.logsumexp(0))
+    emit("explain_entropy", Categorical(logits=x).entropy())
+
+    title("explain: sampling; id 2 was written, penalty 1.2, temperature .7, top_k 3, top_p .9")
+    x, ids = x[None], torch.tensor([[2]])
+    for name, process in (
+        ("penalized", RepetitionPenaltyLogitsProcessor(1.2)),
+        ("scaled", TemperatureLogitsWarper(0.7)),
+        ("top_k", TopKLogitsWarper(3)),
+        ("top_p", TopPLogitsWarper(0.9)),
+    ):
+        x = process(ids, x.clone())
+        emit("explain_" + name, x[0])
+    emit("explain_drawn", x[0].softmax(0))
+    tied = TopPLogitsWarper(0.5)(None, torch.zeros(1, 4))[0]
+    emit("explain_tied", tied, "four equal logits and top_p .5: which two stay")
+
+    title("explain: kl of softmax{2, 1, 1.5, .5} from softmax{2, .8, 1.3, 0}")
+    p, q = (Categorical(logits=f64(x)) for x in (LOGITS, REF_LOGITS))
+    d = q.logits - p.logits  # Categorical keeps log-probabilities
+    k3 = d.exp() - d - 1
+    emit("explain_kl", kl_divergence(p, q))
+    emit("explain_k1", -d)
+    emit("explain_k3", k3)
+    emit("explain_mean_k3", p.probs @ k3, "its mean under p: the KL, as that of k1 is")
+
+    title("explain: reward, 1 against -.6: probability, loss, slopes; then margin .5, center .01")
+    for name, margin, center in (("reward", 0.0, 0.0), ("reward_margin", 0.5, 0.01)):
+        r = f64([1.0, -0.6], True)
+        loss = -F.logsigmoid(r[0] - r[1] - margin) + center * r.sum() ** 2
+        loss.backward()
+        emit("explain_" + name, [torch.sigmoid(r[0] - r[1]).item(), loss.item()] + tolist(r.grad))
+
+    title("explain: reinforce, beta .2, rloo as TRL's RLOOTrainer")
+    a = answers64()
+    logps = a.logprobs.sum(1).requires_grad_()
+    reward = (a.score - 0.2 * (logps - a.ref_logprobs.sum(1))).detach()
+    advantage = reward - (reward.sum(0) - reward) / (2 - 1)
+    loss = -(advantage * logps).mean()
+    loss.backward()
+    emit("explain_reinforce_reward", reward)
+    emit("explain_reinforce_advantage", advantage)
+    emit("explain_reinforce_loss", loss)
+    emit("explain_reinforce_dlogps", logps.grad)
+
+    title("explain: exact, beta .5, reference {.2, .3, .5}, rewards {1, -.6, 0}")
+    ref, r, beta = Categorical(probs=f64([0.2, 0.3, 0.5])), f64([1.0, -0.6, 0.0]), 0.5
+    weight = ref.probs * (r / beta).exp()
+    optimum = Categorical(probs=weight)  # divides by the sum
+    emit("explain_Z", weight.sum())
+    emit("explain_optimum", optimum.probs)
+    emit("explain_objective_ref", ref.probs @ r)
+    best = optimum.probs @ r - beta * kl_divergence(optimum, ref)
+    emit("explain_objective_max", best, "E[r] - beta KL at the optimum; beta log Z is as much")
+
+
+def explain_ppo():
+    """compute_rewards, compute_advantages and loss of TRL's PPOTrainer, after a prompt of three."""
+    from trl.core import masked_whiten
+
+    def padded(x):  # what stands before the answers must not matter
+        return torch.cat([torch.full((2, 2), 0.3, dtype=torch.float64), x], 1)
+
+    t, a, r = ppo_trainer(), answers64(), {}
+    old, ref, values = padded(a.logprobs), padded(a.ref_logprobs), padded(a.values)
+    mask = padded(torch.ones(2, 4)).long()
+    rewards, _non_score, r["kl"] = t.compute_rewards(a.score, old, ref, mask)
+    values, r["advantages"], r["returns"] = t.compute_advantages(values, rewards, mask)
+    r["rewards"] = rewards
+    r["raw_advantages"] = r["returns"] - values
+    assert torch.equal(masked_whiten(r["raw_advantages"], mask), r["advantages"])
+
+    new, newval = (padded(x).requires_grad_() for x in (a.new_logprobs, a.new_values))
+
+    def loss(mask):
+        logits = torch.zeros(2, 6, 4, dtype=torch.float64)  # for its entropy alone
+        known = (mask, r["advantages"], r["returns"])
+        return t.loss(old, values, logits, newval, new, *known)
+
+    policy, value, stats = loss(mask)
+    (policy + value).backward()
+    r["ratios"], r["dlogprobs"], r["dvalues"] = stats["policy/ratio"], new.grad, newval.grad
+    # Of each token: the loss is a mean over the mask, so with a token alone in it, that token's.
+    for name in ("token_losses", "clipped", "value_losses"):
+        r[name] = torch.zeros(2, 6, dtype=torch.float64)
+    for b in range(2):
+        for k in range(2, 6):
+            one = torch.zeros_like(mask)
+            one[b, k] = 1
+            token, half_square, stats = loss(one)
+            r["token_losses"][b, k], r["clipped"][b, k] = token, stats["policy/clipfrac"]
+            r["value_losses"][b, k] = half_square / t.config.vf_coef
+    totals = [policy.item(), value.item() / t.config.vf_coef, (policy + value).item()]
+    return {name: x.detach()[:, 2:].flatten() for name, x in r.items()}, totals
+
+
+def part_explain_trl():
+    """F2: PPO and DPO of TRL 0.11.4."""
+    title("F2. explain: gae and ppo, TRL's defaults; answer 1's four tokens, then answer 2's")
+    fields, totals = explain_ppo()
+    for name, x in fields.items():
+        emit("explain_ppo_" + name, x.long() if name == "clipped" else x)
+    emit("explain_ppo_loss", totals, "policy_loss, value_loss, loss")
+
+    from trl.trainer.dpo_trainer import DPOTrainer
+
+    title("explain: dpo, beta .1: loss, dchosen, drejected, reward_chosen, reward_rejected")
+    for name, smoothing in (("dpo", 0.0), ("dpo_smoothed", 0.1)):
+        t = object.__new__(DPOTrainer)
+        t.accelerator = types.SimpleNamespace(device="cpu")
+        t.reference_free, t.beta, t.label_smoothing, t.loss_type = False, 0.1, smoothing, "sigmoid"
+        t.f_divergence_type, t.f_divergence_params = "reverse_kl", None
+        a = answers64()
+        policy, ref = a.logprobs.sum(1).requires_grad_(), a.ref_logprobs.sum(1)
+        loss, *rewards = t.dpo_loss(policy[:1], policy[1:], ref[:1], ref[1:])
+        loss.sum().backward()
+        emit("explain_" + name, [loss.item(), *tolist(policy.grad), *(r.item() for r in rewards)])
+
+
+# --------------------------------------------------------------------------------------------------
 def main():
     about = "print golden numbers for test_align.c as C (see the top of this file)"
     ap = argparse.ArgumentParser(description=about)
-    about = "Python with trl 0.11.4 (parts C and D)"
+    about = "Python with trl 0.11.4 (parts C, D and F2)"
     ap.add_argument("--trl-python", default="/tmp/venv_trl011/bin/python", help=about)
-    about = "parts C and D in this very Python (used internally)"
+    about = "parts C, D and F2 in this very Python (used internally)"
     ap.add_argument("--only-trl", action="store_true", help=about)
     opt = ap.parse_args()
     import transformers
@@ -872,6 +1028,7 @@ def main():
         print("\n/* %s, trl %s */" % (versions, trl.__version__))
         part_dpo()
         part_ppo()
+        part_explain_trl()
         return
     print("/* made by docs/tools/golden.py; %s */" % versions)
     part_forward_backward()
@@ -880,6 +1037,7 @@ def main():
     part_generate()
     part_ops()
     part_schedules()
+    part_explain()
     sys.stdout.flush()
     if not os.path.exists(opt.trl_python):
         sys.exit("golden.py: no %s; the top of this file says how to make it" % opt.trl_python)

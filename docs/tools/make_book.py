@@ -36,6 +36,15 @@ TOKEN = re.compile(
     """,
     re.S | re.X,
 )
+# Drawings of docs/figures, made by make_figures.py, and the function each stands above.
+FIGURES = dict(
+    collate="batch",
+    kl_reward="reward",
+    gae="gae",
+    ppo_token_loss="ppo_clip",
+    exact_optimum="closed_form",
+    ppo_backward="gradient",
+)
 # What becomes a link, or looks like code, within a comment.
 INLINE = re.compile(
     r"""
@@ -78,6 +87,12 @@ def element(name, content, attributes=""):
 
 def link(address, content, attributes=""):
     return f'<a {attributes + " " if attributes else ""}href="#{address}">{content}</a>'
+
+
+def figure(name):
+    """A drawing, as part of the page."""
+    drawing = read(f"docs/figures/{name}.svg").replace(' xmlns="http://www.w3.org/2000/svg"', "")
+    return element("figure", "\n" + drawing) + "\n"
 
 
 def label(text):
@@ -796,7 +811,8 @@ class Book:
             both += element("pre", element("code", right), "class=code")
         else:
             kind = "r text"
-        return element("div", both, f'class="{kind}" id="{row.id}"') + "\n"
+        above = "".join(figure(FIGURES[name]) for name in row.functions if name in FIGURES)
+        return above + element("div", both, f'class="{kind}" id="{row.id}"') + "\n"
 
     def called_by(self, names):
         out = []
@@ -951,7 +967,7 @@ class Book:
             style=STYLE.strip(),
             script=SCRIPT.strip(),
             nav=self.nav(),
-            body=body + glossary + papers,
+            body=figure("pipeline") + body + glossary + papers,
             functions=len(self.functions),
             terms=len(self.terms),
             chapters=len(self.numbers),
@@ -1087,6 +1103,8 @@ nav .back { margin-top: .8rem; padding-top: .8rem; border-top: 1px solid var(--l
 
 main { min-width: 0; }
 .title { padding: 3rem 2rem 1rem; }
+figure { margin: 1.5rem 2rem; max-width: 46rem; overflow-x: auto; }
+figure svg { display: block; min-width: 36rem; }
 h1 { font: 600 2.6rem/1.1 var(--mono); margin: 0 0 .6rem; letter-spacing: -.03em; }
 .title p { max-width: 58ch; margin: 0 0 .8rem; font-size: 1.2rem; }
 .title .how { font-size: 1rem; color: var(--soft); }
@@ -1192,6 +1210,7 @@ h4 [lang] { display: inline-block; margin-left: .4em; font-size: 1rem; }
   nav li li a { padding-top: .35rem; padding-bottom: .35rem; }
   .top { padding: 0 1rem; gap: .7rem; }
   .title, .intro { padding: 2rem 1rem 1rem; }
+  figure { margin: 1rem; }
   h3.theme { padding: 1.5rem 1rem .3rem; }
   .r, .term { padding-left: 1rem; padding-right: 1rem; }
   .p, .two p { max-width: 62ch; }
