@@ -1177,7 +1177,8 @@ static float kl_reward(double kl_coef, float kl) {
 
 /* kl_controller_update -- beta is raised while the KL is above its target, lowered below it [10].
  *   beta = beta (1 + error samples / horizon),   error = clip(kl / target - 1, -0.2, 0.2)
- * in   kl: this step's mean, nats per answer; samples: how many answers the step had
+ * in   kl: this step's mean, nats per answer; samples: how many answers the step had. Without
+ *      adap_kl_ctrl beta stays as it is.
  * A fixed beta would have to be found by trial for each reward model, while a KL of some nats means
  * the same for all of them.
  * By hand: beta 0.2, target 6, horizon 10000, 128 samples: KL 30 -> 0.2 (1 + 0.2 * 0.0128) =
@@ -6467,7 +6468,8 @@ static double optimizer_step(struct GPT2 *model, const struct TrainingArguments 
 
 /* schedule_factor -- the share of the learning rate that step number `step` (from 0) of `total`
  * uses.
- *   warm-up     step / warmup_steps: from 0 up to 1. AdamW's means rest on few gradients so far,
+ *   warm-up     step / warmup_steps: from 0 up to 1. Where warmup_steps is 0, it takes a share
+ *               warmup_ratio of all steps, rounded up. AdamW's means rest on few gradients so far,
  *               and large steps based on so few might lead anywhere.
  *   linear      then down in a straight line to 0 (or to the share lr_end)
  *   cosine      then down along half a cosine: slow at the top, slow again at the bottom
