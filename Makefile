@@ -1,8 +1,9 @@
 # make           builds ./align           make run    the whole course, a minute or two
 # make test      builds and runs tests    make debug  ./align_debug for gdb: no optimisation, one thread
 # make book      docs/book.html: align.c for reading        make check-all  every instrument, about an hour
-# make bench     how fast this machine is; BENCH="--n_layer 2 --json": bench's flags (docs/tools/bench.c)
+# make exercise  NAME=ppo_token_loss: a function to write yourself; without NAME the list (docs/exercises.md)
 # make figures   docs/figures, from the numbers of `align explain`
+# make bench     how fast this machine is; BENCH="--n_layer 2 --json": bench's flags (docs/tools/bench.c)
 # make install   PREFIX=/usr/local DESTDIR=: the program, and beside it what it reads      make uninstall
 # CFLAGS, CPPFLAGS, LDFLAGS and LDLIBS are yours, from the environment too; they come after the flags that align needs.
 CC ?= cc
@@ -54,6 +55,10 @@ debug: align.c
 book:
 	python3 docs/tools/make_book.py
 
+exercise:
+	@python3 docs/tools/exercise.py $(NAME) $(if $(FORCE),--force)
+
+
 # Where the program looks for them: ../share/align from its own folder.
 share = $(DESTDIR)$(PREFIX)/share/align
 
@@ -73,4 +78,4 @@ uninstall:
 clean:
 	rm -f align align_bench align_debug test_align
 
-.PHONY: run bench test check-all debug book install uninstall clean
+.PHONY: run bench test check-all debug book exercise figures install uninstall clean

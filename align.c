@@ -967,7 +967,8 @@ static float kl_reward(double kl_coef, float kl) {
 
 /* kl_controller_update -- beta is raised while the KL is above its target, lowered below it [10].
  *   beta = beta (1 + error samples / horizon),   error = clip(kl / target - 1, -0.2, 0.2)
- * in   kl: this step's mean, nats per answer; samples: how many answers the step had
+ * in   kl: this step's mean, nats per answer; samples: how many answers the step had. Without
+ *      adap_kl_ctrl beta stays as it is.
  * A fixed beta would have to be found by trial for each reward model, while a KL of some nats means
  * the same for all of them.
  * By hand: beta 0.2, target 6, horizon 10000, 128 samples: KL 30 -> 0.2 (1 + 0.2 * 0.0128) =
@@ -3968,8 +3969,8 @@ static struct Matrix head_columns(struct Matrix all, const struct AttentionHead 
     return matrix_block(all, head->row, head->column, head->T, head->HS);
 }
 
-/* attention_softmax -- pass 3 for query t: p (t1) contains scores on entry and probabilities
- * afterwards. Returns the scores' log-sum-exp.                                 test: attention */
+/* attention_softmax -- pass 3 for query t: p (t1), t < t1, contains the scores of t1 keys on entry
+ * and probabilities afterwards. Returns the scores' log-sum-exp.               test: attention */
 static float attention_softmax(float *p, size_t t, size_t t1) {
     /* Only t + 1 numbers, the keys up to the query's own: that is the mask of the future. */
     float lse = softmax(p, t + 1);
@@ -3980,8 +3981,9 @@ static float attention_softmax(float *p, size_t t, size_t t1) {
 }
 
 /* attention_forward_head -- the four passes, ATTENTION_ROWS queries at a time.
- * out  the head's columns of out (N,C) and its numbers in lse (N,NH): log sum_j e^(score_tj), all
- *      that the backward pass needs to recompute p
+ * out  out (N,C), of all heads and sequences: only this head's columns and rows are written
+ *      (head_columns); its numbers in lse (N,NH), at lse_place: log sum_j e^(score_tj), all that the
+ *      backward pass needs to recompute p
  *                             test: attention_hand, attention; gdb: break attention_forward_head */
 static void attention_forward_head(struct Matrix out, float *lse,
                                    const struct AttentionHead *head) {
@@ -6525,7 +6527,8 @@ static double optimizer_step(struct GPT2 *model, const struct TrainingArguments 
 
 /* schedule_factor -- the share of the learning rate that step number `step` (from 0) of `total`
  * uses.
- *   warm-up     step / warmup_steps: from 0 up to 1. AdamW's means rest on few gradients so far,
+ *   warm-up     step / warmup_steps: from 0 up to 1. Where warmup_steps is 0, it takes a share
+ *               warmup_ratio of all steps, rounded up. AdamW's means rest on few gradients so far,
  *               and large steps based on so few might lead anywhere.
  *   linear      then down in a straight line to 0 (or to the share lr_end)
  *   cosine      then down along half a cosine: slow at the top, slow again at the bottom
