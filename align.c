@@ -6130,6 +6130,7 @@ static void trainer_state_save(const struct TrainerState *s, const struct Traini
                                const char *folder);
 static void stats_write_line(FILE *file, const struct RolloutTrainer *trainer);
 static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n);
+static void trace_write(FILE *file, const struct RolloutTrainer *trainer);
 
 /* Samples on a terminal: is it time for one, how wide is the terminal, and a text made safe to
  * print there. */
@@ -6153,7 +6154,9 @@ struct Output {
     char path[PATH_MAX], tmp[PATH_MAX + 8];
 };
 
-static const char *const LOGS[] = {"stats_all.jsonl", "rollouts.jsonl"};
+/* The logs of a run of PPO, which grow with each step. */
+enum { LOG_STATS, LOG_ROLLOUTS, LOG_TRACE, LOG_FILES };
+static const char *const LOGS[LOG_FILES] = {"stats_all.jsonl", "rollouts.jsonl", "trace.jsonl"};
 
 /* Set by Ctrl-C. Training then stops where it can be resumed, never in the middle of a step. */
 static volatile sig_atomic_t interrupted;
@@ -6537,9 +6540,9 @@ struct Checkpoint {
     const struct Tokenizer *tok;
     const struct TrainingArguments *args;
     struct TrainerState *state;
-    const char *task, *log_dir; /* log_dir: the folder of PPO's two logs */
+    const char *task, *log_dir; /* log_dir: the folder of PPO's logs */
     struct Output *logs; /* NULL: none */
-    size_t log_bytes[2]; /* their lengths at the checkpoint */
+    size_t log_bytes[LOG_FILES]; /* their lengths at the checkpoint */
     struct Saved saved[24];
     size_t count;
     size_t run; /* how many runs have begun in output_dir, this one included */
@@ -7890,6 +7893,50 @@ static void scorer_score(const struct Scorer *scorer, struct Arena *arena,
         score[i] = scorer_scale(scorer, &sequences[i], policy, score[i]);
 }
 
+/* scorer_prefixes -- how the judge's mind changes while it reads: the score that an answer would
+ * have had, had it ended after each of its tokens.
+ * A causal model's hidden state at a token has seen that token and those before it, never later
+ * ones. So the head, read at each token and not only at the last, gives all of them in one pass.
+ * in   sequence: query and response; policy: the model that wrote them
+ * out  returns (response tokens + 1), in `arena`: the first is of the query alone, the last of the
+ *      whole answer. Bare: without the penalty for short answers.          test: scorer_prefixes */
+static float *scorer_prefixes(const struct Scorer *scorer, struct Arena *arena,
+                              const struct Example *sequence, const struct GPT2Config *policy) {
+    const struct GPT2 *judge = scorer->reward_model;
+    struct Example text = scorer_text(scorer, arena, sequence, policy);
+    float *scores = arena_floats(arena, sequence->n - sequence->prompt_length + 1);
+
+    /* 1. the reward at each of the judge's tokens */
+    struct Batch batch = collate(arena, &text, 1, READ_LAST);
+    struct Activations acts = gpt2_forward(judge, arena, &batch, false);
+    float *reward = arena_floats(arena, text.n + 1);
+    int *row = arena_alloc(arena, text.n + 1, sizeof *row);
+    for (size_t j = 0; j < text.n; j++)
+        row[j] = (int)j;
+    scalar_head_forward(reward, acts.ln_f, row, text.n, &judge->score, NULL);
+
+    /* 2. The judge may divide the same text into other tokens than the policy does. After each of
+     *    the policy's tokens, the judge has read those of its own that end there or before. */
+    size_t j = 0;
+    size_t read = 0;
+    size_t written = 0;
+    for (size_t t = 0; t < sequence->n; t++) {
+        written += tokenizer_decode(scorer->tok, sequence->ids[t], policy->vocab_size).length;
+        for (; j < text.n; j++) {
+            size_t bytes =
+                tokenizer_decode(scorer->tok, text.ids[j], judge->config.vocab_size).length;
+            if (read + bytes > written)
+                break;
+            read += bytes;
+        }
+        /* NaN: the judge has yet to read its first token */
+        if (t + 1 >= sequence->prompt_length)
+            scores[t + 1 - sequence->prompt_length] =
+                j ? (float)((reward[j - 1] - scorer->mean) / scorer->std) : NAN;
+    }
+    return scores;
+}
+
 /* Where rollouts come from: prompts that the policy answers and the scorer judges, or stored
  * ones.  [glossary: Rollout] */
 struct RolloutSource {
@@ -7968,6 +8015,20 @@ static void running_moments_update(struct RunningMoments *m, const float *x, siz
     m->count = total;
 }
 
+/* What trace.jsonl shows of a step, number by number: the first answers of its batch. It is written
+ * beside the algorithm, and changes nothing in it. Only some steps are shown: ppo_trace_shows. */
+struct PPOTrace {
+    bool is_wanted; /* this run writes the file */
+    const struct Scorer *scorer; /* NULL: the rollouts are stored ones */
+    size_t answers; /* how many of this step; 0: it is not shown */
+    const struct Rollout *rollouts; /* (answers) */
+    const float *scores; /* (answers) after ppo_process_scores */
+    const struct PPOBatch *batch; /* the whole step's */
+    size_t R, epochs; /* tokens of these answers; epochs so far */
+    float *logprobs; /* (epochs + 1, R) of the policy that wrote them, then after each epoch */
+    double advantage_mean, advantage_std; /* of the whole batch, before whitening */
+};
+
 /* PPO's own part of a trainer on rollouts.                      [glossary: Treinador PPO] */
 struct PPOTrainer {
     struct PPOConfig config;
@@ -7978,6 +8039,7 @@ struct PPOTrainer {
     size_t vector_count;
     float *advantages, *ratio; /* (ppo_epochs R) of each token in each update; NULL: not kept */
     size_t updated; /* how many of them are filled in */
+    struct PPOTrace trace;
 };
 
 enum Algorithm { ALGORITHM_PPO, ALGORITHM_REINFORCE };
@@ -8674,6 +8736,72 @@ static void ppo_keep_ratios(struct RolloutTrainer *trainer, const struct PPOToke
     }
 }
 
+/* ---- PPO, beside the step: some answers for trace.jsonl -------------------------------------- */
+
+/* A step is shown if it is the first or the last of the run, or one of TRACE_STEPS in all that are
+ * evenly spaced. Of each, as many answers as make TRACE_TOKENS tokens over all its epochs. With
+ * rlhf's defaults the file then has less than 2 MB. */
+enum { TRACE_STEPS = 13, TRACE_TOKENS = 640 };
+
+/* By hand: of 25 steps every second one, 0, 2 .. 24; of 13 or fewer each one.
+ *                                                                        test: ppo_trace_shows */
+static bool ppo_trace_shows(size_t step, size_t steps) {
+    /* with one interval to each pair of neighbours: does one begin here? */
+    size_t intervals = TRACE_STEPS - 1;
+    size_t last = MAX(steps, (size_t)2) - 1;
+    return step == 0 || step * intervals / last != (step - 1) * intervals / last;
+}
+
+/* Steps 1 to 4 of ppo_step are done: chooses the answers that are shown, and keeps what is known of
+ * them. All of it lies in the step's arena until the next step. */
+static void ppo_trace_begin(struct RolloutTrainer *trainer, const struct Rollout *rollouts,
+                            const struct PPOBatch *p, const float *scores) {
+    struct PPOTrace *trace = &trainer->ppo.trace;
+    size_t epochs = trainer->ppo.config.ppo_epochs;
+    trace->answers = 0;
+    if (!trace->is_wanted || !ppo_trace_shows(trainer->step, trainer->total_steps))
+        return;
+
+    /* 1. at least one answer, however long */
+    size_t n = 1;
+    while (n < p->B && p->start[n + 1] * epochs <= TRACE_TOKENS)
+        n++;
+    trace->answers = n;
+    trace->R = p->start[n];
+    trace->epochs = 0;
+    trace->rollouts = rollouts;
+    trace->scores = scores;
+    struct PPOBatch *kept = arena_alloc(&trainer->arena, 1, sizeof *kept);
+    *kept = *p;
+    trace->batch = kept;
+
+    /* 2. Before the first epoch the policy is the one that wrote them. */
+    trace->logprobs = arena_floats(&trainer->arena, (epochs + 1) * trace->R);
+    memcpy(trace->logprobs, p->logprobs, trace->R * sizeof *trace->logprobs);
+
+    /* 3. gae's advantages, which whitening has overwritten: each is return - value. A reader who
+     *    has only some of the answers needs the whole batch's mean and deviation. */
+    float *advantages = arena_floats(&trainer->arena, p->R);
+    for (size_t t = 0; t < p->R; t++)
+        advantages[t] = p->returns[t] - p->values[t];
+    trace->advantage_mean = mean_of(advantages, p->R);
+    trace->advantage_std = sqrt(unbiased_variance(advantages, p->R));
+}
+
+/* An epoch is done: what does the policy say of these answers now? */
+static void ppo_trace_epoch(struct RolloutTrainer *trainer) {
+    struct PPOTrace *trace = &trainer->ppo.trace;
+    if (trace->answers == 0)
+        return;
+    struct Arena arena = {0};
+    struct Example *examples = rollout_examples(&arena, trace->rollouts, trace->answers);
+    struct PPOForward *now = ppo_forward(trainer, &arena, examples, trace->answers, false);
+    trace->epochs++;
+    memcpy(trace->logprobs + trace->epochs * trace->R, now->head.logprob,
+           trace->R * sizeof *trace->logprobs);
+    arena_free(&arena);
+}
+
 /* ---- PPO, step 5: updates ------------------------------------------------------------------- */
 
 /* The tokens of some answers in one row: what was known of them when they were written, next to
@@ -8849,6 +8977,8 @@ static size_t ppo_optimize(struct RolloutTrainer *trainer, const struct Rollout 
             mini_batches += config->gradient_accumulation_steps;
         }
 
+        ppo_trace_epoch(trainer);
+
         /* 3. Has the policy moved too far from the one that wrote these answers to learn more from
          *    them? As in TRL, the last mini-batch decides. */
         if (config->early_stopping && stats[POLICY_POLICYKL] > 1.5 * config->target_kl)
@@ -9022,6 +9152,7 @@ static void ppo_step(struct RolloutTrainer *trainer, const struct Rollout *rollo
 
     /* 4. Which token earned it? Advantages for the policy, returns for the value head. */
     ppo_advantages(&trainer->ppo.config, &p);
+    ppo_trace_begin(trainer, rollouts, &p, scores);
     ppo_lap(&clock, LAP_ADVANTAGES);
 
     /* 5. Several epochs of updates on the same answers. Only here do weights move. */
@@ -9067,15 +9198,17 @@ static void rollout_checkpoint(struct Checkpoint *checkpoint, struct RolloutTrai
     checkpoint_add_random(checkpoint, "sample", &source->sample);
 }
 
-/* Each step adds one line to stats_all.jsonl and batch_size lines to rollouts.jsonl. They are
- * flushed, so that a run can be watched and a checkpoint knows how long they are. */
-static void rollout_write_logs(struct RolloutTrainer *trainer, struct Output logs[2],
+/* Each step adds one line to stats_all.jsonl, batch_size lines to rollouts.jsonl and, if it is
+ * shown, one line an epoch to trace.jsonl. They are flushed, so that a run can be watched and a
+ * checkpoint knows how long they are. */
+static void rollout_write_logs(struct RolloutTrainer *trainer, struct Output *logs,
                                const struct Rollout *rollouts, double rollout_seconds) {
     /* how long writing the answers took, only the caller knows */
     log_value(&trainer->stats, "time/ppo/rollout", rollout_seconds);
-    stats_write_line(logs[0].file, trainer);
-    rollouts_write(logs[1].file, rollouts, trainer->batch_size);
-    for (int i = 0; i < 2; i++)
+    stats_write_line(logs[LOG_STATS].file, trainer);
+    rollouts_write(logs[LOG_ROLLOUTS].file, rollouts, trainer->batch_size);
+    trace_write(logs[LOG_TRACE].file, trainer);
+    for (int i = 0; i < LOG_FILES; i++)
         output_flush(&logs[i]);
 }
 
@@ -9115,7 +9248,7 @@ static void rollout_count(const struct RolloutTrainer *trainer, struct TrainerSt
 }
 
 /* One step of the training: get rollouts, and learn from them.
- * in   logs: two files, or NULL       out  rollouts (batch_size), in `arena` */
+ * in   logs: the files of LOGS, or NULL       out  rollouts (batch_size), in `arena` */
 static void rollout_train_step(struct RolloutTrainer *trainer, struct RolloutSource *source,
                                struct Arena *arena, struct Output *logs, struct Rollout *rollouts) {
     double begin = seconds_now();
@@ -9142,13 +9275,13 @@ static void rollout_train_step(struct RolloutTrainer *trainer, struct RolloutSou
 }
 
 /* rollout_train -- the whole training, by PPO or REINFORCE.         [glossary: Treinador PPO]
- * in   source: where rollouts come from; steps: how many; log_dir: for stats_all.jsonl and
- *      rollouts.jsonl, or NULL                     out  the policy's weights; state, its history
+ * in   source: where rollouts come from; steps: how many; log_dir: for the
+ *      files of LOGS, or NULL                      out  the policy's weights; state, its history
  *                                                            test: ppo_replay, checkpoint_* */
 static void rollout_train(struct RolloutTrainer *trainer, struct RolloutSource *source,
                           size_t steps, const char *log_dir, struct TrainerState *state) {
     struct Arena arena = {0};
-    struct Output logs[2];
+    struct Output logs[LOG_FILES];
     /* epochs are counted in prompts, or in stored rollouts */
     size_t n = source->replay ? source->replay->n : source->n;
     state->max_steps = steps;
@@ -9158,12 +9291,14 @@ static void rollout_train(struct RolloutTrainer *trainer, struct RolloutSource *
     struct Checkpoint checkpoint =
         checkpoint_new(trainer->name, trainer->model, trainer->tok, &trainer->args, state);
 
-    /* The two logs grow with each step. A resumed run cuts them to their length at the checkpoint,
+    /* The logs grow with each step. A resumed run cuts them to their length at the checkpoint,
      * or the steps after it would be logged twice. */
     if (log_dir) {
         make_folder(log_dir);
         checkpoint.logs = logs;
         checkpoint.log_dir = log_dir;
+        trainer->ppo.trace.is_wanted = true;
+        trainer->ppo.trace.scorer = source->replay ? NULL : &source->scorer;
         checkpoint_add_sizes(&checkpoint, "log_bytes", checkpoint.log_bytes, COUNT(LOGS), SIZE_MAX);
     }
     rollout_checkpoint(&checkpoint, trainer, source);
@@ -9183,8 +9318,8 @@ static void rollout_train(struct RolloutTrainer *trainer, struct RolloutSource *
         checkpoint_step(&checkpoint);
     }
 
-    /* 5. the two logs are complete, and get their final names */
-    for (int i = 0; log_dir && i < 2; i++)
+    /* 5. the logs are complete, and get their final names */
+    for (int i = 0; log_dir && i < LOG_FILES; i++)
         output_close(&logs[i]);
     state->num_train_epochs = ceil(state->epoch);
     arena_free(&arena);
@@ -14097,6 +14232,160 @@ static void stats_write_line(FILE *file, const struct RolloutTrainer *trainer) {
             fputc(']', file);
     }
     fputs("}\n", file);
+}
+
+/* trace.jsonl's first line: what was run, with which settings. */
+static void trace_write_header(FILE *file, const struct RolloutTrainer *trainer) {
+    const struct PPOConfig *c = &trainer->ppo.config;
+    fprintf(file,
+            "{\"type\": \"header\", \"algorithm\": \"ppo\", \"totalSteps\": %zu, \"hparams\": "
+            "{\"ppo_epochs\": %zu, \"batch_size\": %zu, \"mini_batch_size\": %zu, "
+            "\"group_size\": 1, \"whiten_rewards\": %s",
+            trainer->total_steps, c->ppo_epochs, c->batch_size, c->mini_batch_size,
+            c->whiten_rewards ? "true" : "false");
+    const struct {
+        const char *name;
+        double value;
+    } numbers[] = {
+        {"gamma", c->gamma},
+        {"gae_lambda", c->lam},
+        {"clip_eps", c->cliprange},
+        {"cliprange_value", c->cliprange_value},
+        {"vf_coef", c->vf_coef},
+        {"kl_coef", c->init_kl_coef},
+        {"learning_rate", trainer->args.learning_rate},
+        {"temperature", trainer->temperature},
+    };
+    for (size_t i = 0; i < COUNT(numbers); i++)
+        fprintf(file, ", \"%s\": %s", numbers[i].name, json_number_text(numbers[i].value));
+    fputs("}}\n", file);
+}
+
+/* The numbers of an answer's tokens, those from start to end of the batch, in one epoch. */
+static void trace_write_tokens(FILE *file, const struct RolloutTrainer *trainer, size_t start,
+                               size_t end, size_t epoch) {
+    const struct PPOTrace *trace = &trainer->ppo.trace;
+    const struct PPOBatch *p = trace->batch;
+    const float *logprobs = trace->logprobs + epoch * trace->R;
+    const struct {
+        const char *name;
+        const float *x;
+    } columns[] = {
+        {"log_probs", logprobs},        {"new_log_probs", logprobs + trace->R},
+        {"old_log_probs", p->logprobs}, {"ref_log_probs", p->ref_logprobs},
+        {"values", p->values},          {"advantages", p->advantages},
+        {"returns", p->returns},        {"token_kl", p->kl},
+        {"rewards", p->rewards},
+    };
+    for (size_t i = 0; i < COUNT(columns); i++) {
+        fprintf(file, ", \"%s\": ", columns[i].name);
+        json_write_floats(file, "", columns[i].x + start, end - start);
+    }
+    /* what the epoch raises: minus PPO's loss */
+    for (size_t t = start; t < end; t++) {
+        double loss = ppo_token_loss(p->logprobs[t], logprobs[t], p->advantages[t],
+                                     trainer->ppo.config.cliprange)
+                          .loss;
+        fputs(t > start ? ", " : ", \"token_objective\": [", file);
+        fputs(json_number_text(-loss), file);
+    }
+    fputc(']', file);
+}
+
+/* One answer in one epoch. */
+static void trace_write_answer(FILE *file, const struct RolloutTrainer *trainer, size_t b,
+                               size_t epoch) {
+    const struct PPOTrace *trace = &trainer->ppo.trace;
+    const struct GPT2Config *config = &trainer->model->config;
+    const struct Example *e = &trace->rollouts[b].example;
+    struct Arena arena = {0};
+    size_t start = trace->batch->start[b];
+    size_t n = trace->batch->start[b + 1] - start;
+    const int *ids = e->ids + e->prompt_length;
+
+    /* 1. the answer as a whole: prompt and text, its score as it was given and as it was used */
+    struct Text prompt =
+        tokenizer_decode_all(trainer->tok, &arena, e->ids, e->prompt_length, config->vocab_size);
+    struct Text text = answer_text(trainer->tok, &arena, e, config);
+    json_write_string(file, b ? ", {\"prompt\": " : "{\"prompt\": ", prompt);
+    fprintf(file, ", \"responses\": [{\"id\": \"step%zu_answer%zu\", \"reward\": %s, ",
+            trainer->step, b, json_number_text(trace->rollouts[b].score));
+    fprintf(file, "\"score\": %s, \"advantage\": %s", json_number_text(trace->scores[b]),
+            json_number_text(mean_of(trace->batch->advantages + start, n)));
+    json_write_string(file, ", \"response_text\": ", text);
+    fprintf(file, ", \"response_length\": %zu, ", n);
+
+    /* 2. once a step: what the judge thought on the way */
+    if (epoch == 0 && trace->scorer)
+        json_write_floats(file,
+                          "\"prefix_rewards\": ", scorer_prefixes(trace->scorer, &arena, e, config),
+                          n + 1);
+    if (epoch == 0 && trace->scorer)
+        fputs(", ", file);
+
+    /* 3. token by token */
+    json_write_ids(file, "\"tokens\": {\"ids\": ", ids, n);
+    for (size_t t = 0; t < n; t++)
+        json_write_string(file, t ? ", " : ", \"strings\": [",
+                          tokenizer_decode(trainer->tok, ids[t], config->vocab_size));
+    fputc(']', file);
+    trace_write_tokens(file, trainer, start, start + n, epoch);
+    fputs("}}]}", file);
+    arena_free(&arena);
+}
+
+/* The numbers of a step, under the names that unipo knows. */
+static void trace_write_metrics(FILE *file, const struct RolloutTrainer *trainer) {
+    static const char *const names[][2] = {
+        {"reward", "env/reward_mean"},
+        {"reward_std", "env/reward_std"},
+        {"kl", "objective/kl"},
+        {"kl_coef", "objective/kl_coef"},
+        {"policy_loss", "ppo/loss/policy"},
+        {"value_loss", "ppo/loss/value"},
+        {"total_loss", "ppo/loss/total"},
+        {"entropy", "ppo/policy/entropy"},
+        {"clip_fraction", "ppo/policy/clipfrac"},
+        {"return", "ppo/returns/mean"},
+        {"response_length", "tokens/responses_len_mean"},
+        {"learning_rate", "ppo/learning_rate"},
+    };
+    const struct PPOTrace *trace = &trainer->ppo.trace;
+    double value;
+    log_find(&trainer->stats, "ppo/loss/policy", &value);
+    fprintf(file, "\"metrics\": {\"policy_objective\": %s", json_number_text(-value));
+    for (size_t i = 0; i < COUNT(names); i++) {
+        log_find(&trainer->stats, names[i][1], &value);
+        fprintf(file, ", \"%s\": %s", names[i][0], json_number_text(value));
+    }
+    fprintf(file, ", \"advantage_mean\": %s", json_number_text(trace->advantage_mean));
+    fprintf(file, ", \"advantage_std\": %s}", json_number_text(trace->advantage_std));
+}
+
+/* The lines of a step in trace.jsonl, one an epoch, in the form that poloclub/unipo's viewer reads
+ * (its docs/canonical_schema.json, as JSON lines). It wants an entry for each update: `step` counts
+ * epochs over the whole run, ppo_step says which step of PPO they belong to.   test: ppo_trace */
+static void trace_write(FILE *file, const struct RolloutTrainer *trainer) {
+    const struct PPOTrace *trace = &trainer->ppo.trace;
+    if (trace->answers == 0)
+        return;
+    /* a log of earlier steps, which a resumed run has kept, has its header already */
+    if (ftello(file) == 0)
+        trace_write_header(file, trainer);
+    for (size_t epoch = 0; epoch < trace->epochs; epoch++) {
+        fprintf(file,
+                "{\"type\": \"step\", \"step\": %zu, \"ppo_step\": %zu, "
+                "\"is_first_step_after_rollout_phase\": %s, ",
+                (trainer->step - 1) * trainer->ppo.config.ppo_epochs + epoch, trainer->step,
+                epoch == 0 ? "true" : "false");
+        trace_write_metrics(file, trainer);
+        for (size_t b = 0; b < trace->answers; b++) {
+            if (b == 0)
+                fputs(", \"prompts\": [", file);
+            trace_write_answer(file, trainer, b, epoch);
+        }
+        fputs("]}\n", file);
+    }
 }
 
 /* rollouts.jsonl: what --rollouts replays. */

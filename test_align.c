@@ -5292,6 +5292,133 @@ static void test_scorer_scale(void) {
     expect_close("long enough", scorer_scale(&scorer, &ended, &policy, 3.5f), 3, 0);
 }
 
+/* With 25 steps every second one is shown, with 13 each; always the first and the last. */
+static void test_ppo_trace_shows(void) {
+    for (size_t step = 0; step < 25; step++)
+        expect_count("of 25", ppo_trace_shows(step, 25), step % 2 == 0);
+    for (size_t steps = 1; steps <= 200; steps++) {
+        size_t shown = 0;
+        for (size_t step = 0; step < steps; step++)
+            shown += ppo_trace_shows(step, steps);
+        expect_count("how many", shown, MIN(steps, (size_t)13));
+        expect_true("the first", ppo_trace_shows(0, steps));
+        expect_true("the last", ppo_trace_shows(steps - 1, steps));
+    }
+}
+
+/* The judge's opinion after each token: that of the text cut there, on the scale of scores. */
+static void test_scorer_prefixes(void) {
+    struct GPT2 *judge = random_model(300, 14, 8, 2, 2);
+    tensor_normal(reward_head_declare(judge), &test_rng, 1);
+    struct Scorer scorer = {.reward_model = judge, .tok = tokenizer, .mean = 0.1, .std = 0.5};
+    struct GPT2Config policy = {.vocab_size = 300, .eos_token_id = 299};
+    struct Example e = example_encode(&test_arena, tokenizer, text_of("abc de fgh"), 300, NULL);
+    e.prompt_length = 2;
+    float *scores = scorer_prefixes(&scorer, &test_arena, &e, &policy);
+    for (size_t n = e.prompt_length; n <= e.n; n++) {
+        struct Example cut = {e.ids, n, e.prompt_length};
+        float want;
+        scorer_score(&scorer, &test_arena, &cut, 1, &policy, &want);
+        expect_close("of a prefix", scores[n - e.prompt_length], want, 1e-5);
+    }
+    expect_true("they differ", fabsf(scores[0] - scores[1]) > 1e-3f);
+}
+
+/* Number t of a list of trace.jsonl. */
+static double trace_number(const struct Json *tokens, const char *name, size_t t) {
+    struct Json *item = json_get(tokens, name)->child;
+    while (t-- > 0)
+        item = item->next;
+    return item->number;
+}
+
+/* What an answer's tokens must be: the rewards are -beta kl and the score, advantages and returns
+ * those of the recursion, whitened by the mean and deviation that are given. */
+static void expect_trace_answer(struct Json *entry, struct Json *response, double beta) {
+    struct Json *metrics = json_get(entry, "metrics");
+    struct Json *tokens = json_get(response, "tokens");
+    double mean = json_get(metrics, "advantage_mean")->number;
+    double std = json_get(metrics, "advantage_std")->number;
+    size_t n = json_count(json_get(tokens, "ids"));
+    double advantage = 0;
+    double next_value = 0;
+    expect_count("its length", (size_t)json_get(response, "response_length")->number, n);
+    expect_count("strings", json_count(json_get(tokens, "strings")), n);
+    for (size_t t = n; t-- > 0;) {
+        double old = trace_number(tokens, "old_log_probs", t);
+        double kl = old - trace_number(tokens, "ref_log_probs", t);
+        double reward = -beta * kl + (t == n - 1 ? json_get(response, "score")->number : 0);
+        double value = trace_number(tokens, "values", t);
+        expect_close("kl", trace_number(tokens, "token_kl", t), kl, 1e-5);
+        expect_close("reward", trace_number(tokens, "rewards", t), reward, 1e-5);
+        advantage = reward + next_value - value + 0.95 * advantage;
+        next_value = value;
+        double whitened = (advantage - mean) / std;
+        double A = trace_number(tokens, "advantages", t);
+        expect_close("return", trace_number(tokens, "returns", t), advantage + value, 1e-5);
+        expect_close("whitened advantage", A, whitened, 1e-4);
+        double ratio = exp(trace_number(tokens, "log_probs", t) - old);
+        double objective = MIN(A * ratio, A * MAX(0.8, MIN(1.2, ratio)));
+        expect_close("objective", trace_number(tokens, "token_objective", t), objective, 1e-5);
+    }
+}
+
+/* The file of a step, read back: numbers that belong together, ratios that begin at 1 and go on
+ * where the epoch before ended; the last of them is what the policy says afterwards. A step that is
+ * not shown writes nothing. */
+static void test_ppo_trace(void) {
+    struct Rollout rollouts[4];
+    struct PPOConfig config = ppo_config();
+    config.mini_batch_size = 2;
+    struct RolloutTrainer *ppo = ppo_of(config, 0.01, rollouts);
+    ppo->tok = tokenizer;
+    ppo->ppo.trace.is_wanted = true;
+    ppo->total_steps = 100;
+    FILE *file = fopen(temporary("trace.jsonl"), "w+b");
+    ppo_step(ppo, rollouts);
+    trace_write(file, ppo);
+    float after[24];
+    memcpy(after, ppo_evaluate_rollouts(ppo, rollouts).logprobs, sizeof after);
+    ppo_step(ppo, rollouts);
+    trace_write(file, ppo);
+    rewind(file);
+    char *line = NULL;
+    size_t room = 0;
+    size_t lines = 0;
+    double before[24];
+    for (; getline(&line, &room, file) > 0; lines++) {
+        const char *error;
+        struct Json *entry = parse(line, &error);
+        if (lines == 0) {
+            double lam = json_get(json_get(entry, "hparams"), "gae_lambda")->number;
+            expect_close("lambda", lam, 0.95, 0);
+            continue;
+        }
+        bool first = json_type(entry, "is_first_step_after_rollout_phase") == JSON_TRUE;
+        expect_true("the first has ratio 1", first == (lines == 1));
+        expect_count("epoch", (size_t)json_get(entry, "step")->number, lines - 1);
+        size_t all = 0;
+        for (struct Json *p = json_get(entry, "prompts")->child; p; p = p->next) {
+            struct Json *response = json_get(p, "responses")->child;
+            struct Json *tokens = json_get(response, "tokens");
+            expect_trace_answer(entry, response, 0.2);
+            for (size_t t = 0; t < json_count(json_get(tokens, "ids")); t++, all++) {
+                const char *was = lines == 1 ? "old_log_probs" : "log_probs";
+                double want = lines == 1 ? trace_number(tokens, was, t) : before[all];
+                expect_close("where it was", trace_number(tokens, "log_probs", t), want, 1e-7);
+                before[all] = trace_number(tokens, "new_log_probs", t);
+            }
+        }
+        expect_count("tokens", all, 24);
+    }
+    expect_count("a header and four epochs of the first step", lines, 5);
+    for (size_t i = 0; i < 24; i++)
+        expect_close("what the policy says afterwards", before[i], after[i], 1e-5);
+    free(line);
+    fclose(file);
+    rollout_trainer_free(ppo);
+}
+
 /* =============================================================================================
  * Chapter 18 - DPO, collected preferences
  *
@@ -9070,6 +9197,9 @@ static const struct {
     {"ppo_loss_golden", test_ppo_loss_golden},
     {"ppo_gradient", test_ppo_gradient},
     {"ppo_step", test_ppo_step},
+    {"ppo_trace_shows", test_ppo_trace_shows},
+    {"ppo_trace", test_ppo_trace},
+    {"scorer_prefixes", test_scorer_prefixes},
     {"ppo_guards", test_ppo_guards},
     {"ppo_guards_ratio", test_ppo_guards_ratio},
     {"ppo_threads", test_ppo_threads},
