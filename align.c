@@ -14466,6 +14466,8 @@ static const char *const REPORT_FILE[] = {
     "reward_model/trainer_state.json",
     "ppo/trainer_state.json",
     "dpo/trainer_state.json",
+    "trace.jsonl",
+    "ppo/trace.jsonl",
 };
 
 /* ---- The report ----------------------------------------------------------------------------- */
@@ -14484,6 +14486,47 @@ static void report_write_json(FILE *file, struct Text json) {
         else
             fwrite(at, 1, (size_t)(json.data - at), file);
     }
+}
+
+/* The next line of a file of JSON lines, taken off its text; empty lines are skipped. */
+static bool report_line(struct Text *file, struct Text *line) {
+    while (file->length > 0) {
+        const char *end = memchr(file->data, '\n', file->length);
+        size_t length = end ? (size_t)(end - file->data) : file->length;
+        *line = (struct Text){file->data, length};
+        file->data += MIN(length + 1, file->length);
+        file->length -= MIN(length + 1, file->length);
+        if (length > 0)
+            return true;
+    }
+    return false;
+}
+
+/* A file of a run, as JSON for the page: an object as it is, JSON lines as a list. */
+static void report_write_file(FILE *out, struct Text text, bool is_lines) {
+    struct Text line;
+    const char *before = "[";
+    if (!is_lines) {
+        report_write_json(out, text);
+        return;
+    }
+    for (; report_line(&text, &line); before = ",\n") {
+        fputs(before, out);
+        report_write_json(out, line);
+    }
+    fputs(before[0] == '[' ? "[]" : "]", out);
+}
+
+/* Each file must be one JSON object, and each line of a file of JSON lines: a broken one would make
+ * the page unreadable. Returns whether it is a log. */
+static bool report_check_file(struct Arena *arena, struct Text text, const char *path,
+                              bool is_lines) {
+    struct Text line;
+    if (!is_lines)
+        return json_get(json_object(arena, text, path, ""), "log_history") != NULL;
+    for (size_t number = 1; report_line(&text, &line); number++)
+        json_object(arena, text_copy(arena, line), path, arena_printf(arena, ":%zu", number));
+    return false;
 }
 
 /* report_write -- makes DIR/report.html: the page that ships with the program, with a JSON object
@@ -14505,14 +14548,14 @@ static const char *report_write(struct Arena *arena, const char *dir, const char
         return arena_printf(arena, "%s: no place for a run (%s</script>)", page_path, mark);
     place += strlen(mark);
 
-    /* 2. The files. Each must be one JSON object: a broken one would make all unreadable. */
+    /* 2. the files */
     for (size_t i = 0; i < COUNT(file); i++) {
         const char *path = arena_printf(arena, "%s/%s", dir, REPORT_FILE[i]);
         if (!file_exists(path))
             continue;
         struct Text text = read_file(arena, path);
-        struct Json *json = json_object(arena, text, path, "");
-        any_log = any_log || json_get(json, "log_history");
+        bool is_lines = strstr(REPORT_FILE[i], ".jsonl");
+        any_log = report_check_file(arena, text, path, is_lines) || any_log;
         file[i] = text_without_mark(text);
     }
     CHECK(any_log, "%s: no log of a run there (trainer_state.json); give the --output_dir of one",
@@ -14526,7 +14569,7 @@ static const char *report_write(struct Arena *arena, const char *dir, const char
         if (!file[i].data)
             continue;
         fprintf(out.file, "%s\"%s\": ", before, REPORT_FILE[i]);
-        report_write_json(out.file, file[i]);
+        report_write_file(out.file, file[i], strstr(REPORT_FILE[i], ".jsonl"));
         before = ",\n";
     }
     fputc('}', out.file);
