@@ -6576,6 +6576,9 @@ struct Task {
     void (*saved)(struct Trainer *trainer, struct Checkpoint *checkpoint);
     /* Shows on the terminal what the model writes at this point. */
     void (*sample)(struct Trainer *trainer);
+    /* Measures what a loss cannot tell, at each evaluation. */
+    void (*measure)(struct Trainer *trainer);
+    void *measure_data;
 };
 
 struct Trainer {
@@ -6924,9 +6927,11 @@ static void trainer_train(struct Trainer *trainer) {
             trainer_log(trainer, norm, lr);
 
             /* 6. evaluate on held-out items */
-            if (trainer->task.eval_n && args->eval_steps
-                && state->global_step % args->eval_steps == 0)
+            bool due = args->eval_steps && state->global_step % args->eval_steps == 0;
+            if (due && trainer->task.eval_n)
                 trainer_evaluate(trainer);
+            if (due && trainer->task.measure)
+                trainer->task.measure(trainer);
 
             /* 7. save; after Ctrl-C the program ends here */
             state->seconds = seconds_now() - begin;
@@ -7894,47 +7899,22 @@ static void scorer_score(const struct Scorer *scorer, struct Arena *arena,
 }
 
 /* scorer_prefixes -- how the judge's mind changes while it reads: the score that an answer would
- * have had, had it ended after each of its tokens.
- * A causal model's hidden state at a token has seen that token and those before it, never later
- * ones. So the head, read at each token and not only at the last, gives all of them in one pass.
+ * have had, had it ended after each of its tokens. Each beginning is a text of its own.
  * in   sequence: query and response; policy: the model that wrote them
- * out  returns (response tokens + 1), in `arena`: the first is of the query alone, the last of the
- *      whole answer. Bare: without the penalty for short answers.          test: scorer_prefixes */
-static float *scorer_prefixes(const struct Scorer *scorer, struct Arena *arena,
-                              const struct Example *sequence, const struct GPT2Config *policy) {
-    const struct GPT2 *judge = scorer->reward_model;
-    struct Example text = scorer_text(scorer, arena, sequence, policy);
-    float *scores = arena_floats(arena, sequence->n - sequence->prompt_length + 1);
-
-    /* 1. the reward at each of the judge's tokens */
-    struct Batch batch = collate(arena, &text, 1, READ_LAST);
-    struct Activations acts = gpt2_forward(judge, arena, &batch, false);
-    float *reward = arena_floats(arena, text.n + 1);
-    int *row = arena_alloc(arena, text.n + 1, sizeof *row);
-    for (size_t j = 0; j < text.n; j++)
-        row[j] = (int)j;
-    scalar_head_forward(reward, acts.ln_f, row, text.n, &judge->score, NULL);
-
-    /* 2. The judge may divide the same text into other tokens than the policy does. After each of
-     *    the policy's tokens, the judge has read those of its own that end there or before. */
-    size_t j = 0;
-    size_t read = 0;
-    size_t written = 0;
-    for (size_t t = 0; t < sequence->n; t++) {
-        written += tokenizer_decode(scorer->tok, sequence->ids[t], policy->vocab_size).length;
-        for (; j < text.n; j++) {
-            size_t bytes =
-                tokenizer_decode(scorer->tok, text.ids[j], judge->config.vocab_size).length;
-            if (read + bytes > written)
-                break;
-            read += bytes;
-        }
-        /* NaN: the judge has yet to read its first token */
-        if (t + 1 >= sequence->prompt_length)
-            scores[t + 1 - sequence->prompt_length] =
-                j ? (float)((reward[j - 1] - scorer->mean) / scorer->std) : NAN;
+ * out  score (response tokens + 1): the first is of the query alone, the last of the whole answer.
+ *      Bare: without the penalty for short answers.                       test: scorer_prefixes */
+static void scorer_prefixes(const struct Scorer *scorer, struct Arena *arena,
+                            const struct Example *sequence, const struct GPT2Config *policy,
+                            float *score) {
+    struct Scorer bare = *scorer;
+    bare.least_length = 0;
+    size_t n = sequence->n - sequence->prompt_length + 1;
+    struct Example *beginnings = arena_alloc(arena, n, sizeof *beginnings);
+    for (size_t t = 0; t < n; t++) {
+        beginnings[t] = *sequence;
+        beginnings[t].n = sequence->prompt_length + t;
     }
-    return scores;
+    scorer_score(&bare, arena, beginnings, n, policy, score);
 }
 
 /* Where rollouts come from: prompts that the policy answers and the scorer judges, or stored
@@ -9883,6 +9863,37 @@ static struct ExactFigures exact_figures(const struct ExactWorld *w, const doubl
     return f;
 }
 
+/* best_of_n_kl -- how far the best of n answers is from the reference, at most, nats.
+ *   KL(pi_n || pi_ref) <= log n - (n - 1) / n
+ * It comes near the bound where every single answer is improbable, as those of a language model
+ * are. In a world of few answers the same one often wins, and the KL is smaller.
+ * By hand: n = 1: 0; n = 2: 0.6931 - 0.5 = 0.1931.                       test: exact_best_of_n */
+static double best_of_n_kl(size_t n) {
+    return log((double)n) - (double)(n - 1) / (double)n;
+}
+
+/* exact_best_of_n -- a policy without any training: the reference answers n times, and the answer
+ * with the highest reward counts.
+ *   pi_n(y) = F(y)^n - G(y)^n      F: probability of a reward of at most r(y), G: of a lower one
+ * for the best of n has at most this reward exactly if all n have.
+ * in   n: answers, of which one counts      out  logps (w->n): log pi_n(y)
+ * By hand: pi_ref = (1/4, 3/4), r = (1, 0), best of 2: 1 - (3/4)^2 = 7/16 and 9/16; its KL to the
+ * reference is 0.0830, best_of_n_kl 0.1931.
+ *                                                                        test: exact_best_of_n */
+static void exact_best_of_n(const struct ExactWorld *w, size_t n, double *logps) {
+    const double *ref_logps = w->logps[EXACT_REFERENCE];
+    for (size_t i = 0; i < w->n; i++) {
+        /* 1. the probability of a lower reward; rewards are drawn from N(0, 1), and no two agree */
+        double lower = 0;
+        for (size_t j = 0; j < w->n; j++)
+            lower += w->r[j] < w->r[i] ? exp(ref_logps[j]) : 0;
+
+        /* 2. all n have at most this reward, but not all a lower one */
+        double p = pow(lower + exp(ref_logps[i]), (double)n) - pow(lower, (double)n);
+        logps[i] = log(MAX(p, DBL_MIN));
+    }
+}
+
 /* exact_dpo_loss -- DPO's loss, expected over all pairs of answers.
  *                                                      [glossary: Solução em forma fechada]
  * Each of the n^2 ordered pairs is judged by someone whose preferences follow Bradley and Terry
@@ -10359,6 +10370,7 @@ struct Course {
     struct Scorer scorer;
     float *held_out_reward;
     struct PolicyResult result[3]; /* before, ppo, dpo */
+    float *best_of; /* (COURSE_BEST_OF) mean reward of the best of 1, 2, 4 .. answers, at n - 1 */
     double eval_loss_before, eval_loss_after, eval_accuracy;
 };
 
@@ -10371,6 +10383,8 @@ enum {
     COURSE_POSITIONS = 64, /* the context where the texts are sentences, */
     COURSE_LONG_POSITIONS = 256, /* and where they are whole reviews */
     COURSE_TEST_PROMPTS = 256,
+    COURSE_FEW_PROMPTS = 64, /* of these, for measurements on the way */
+    COURSE_BEST_OF = 16, /* answers to a prompt, of which the best counts */
     COURSE_MAX_NEW = 28, /* tokens of an answer in an examination */
     COURSE_LEAST_LENGTH = 10, /* an answer that ends with fewer tokens is penalized */
     COURSE_PREFIX = 20, /* tokens of the beginnings by which rewards are scaled: course_scorer */
@@ -10698,6 +10712,68 @@ static size_t course_collect(struct Course *course, size_t n, struct Example *pa
     return count;
 }
 
+/* The examination that policies sit, with the first n of its prompts. */
+static struct Examination course_examination(const struct Course *course, size_t n) {
+    return (struct Examination){
+        .ref_model = course->language_model,
+        .scorer = &course->scorer,
+        .prompts = course->test_prompts,
+        .n = MIN(n, course->test_n),
+        .generation = course_generation(course, COURSE_MAX_NEW),
+        .seed = course->seed + 1, /* not the random numbers used in training */
+    };
+}
+
+/* best_of_n -- the mean reward of the best of n answers to one prompt.
+ * in   reward (count): answers to the same prompt side by side, a multiple of n of them. Groups of
+ *      n are disjoint, so each answer is used once.
+ * By hand: rewards 1, 3, 2, 0: best of 1: 1.5; of 2: (3 + 2) / 2; of 4: 3.    test: best_of_n */
+static float best_of_n(const float *reward, size_t count, size_t n) {
+    double sum = 0;
+    for (size_t first = 0; first + n <= count; first += n) {
+        float best = reward[first];
+        for (size_t i = first; i < first + n; i++)
+            best = MAX(best, reward[i]);
+        sum += best;
+    }
+    return (float)(sum / (double)(count / n));
+}
+
+/* How much reward is to be had without any training? The language model answers each prompt
+ * COURSE_BEST_OF times, and the best of n answers counts. */
+static void course_best_of_n(struct Course *course) {
+    struct Arena arena = {0};
+    struct Examination exam = course_examination(course, COURSE_FEW_PROMPTS);
+
+    /* 1. each prompt COURSE_BEST_OF times in a row */
+    struct Example *prompts = arena_alloc(&arena, exam.n * COURSE_BEST_OF, sizeof *prompts);
+    for (size_t i = 0; i < exam.n * COURSE_BEST_OF; i++)
+        prompts[i] = exam.prompts[i / COURSE_BEST_OF];
+    exam.prompts = prompts;
+    exam.n *= COURSE_BEST_OF;
+
+    /* 2. Their rewards. The KL need not be measured: best_of_n_kl bounds it. */
+    exam.ref_model = NULL;
+    struct PolicyResult result = policy_measure(course->language_model, &exam, &arena);
+    course->best_of = arena_floats(&course->arena, COURSE_BEST_OF);
+    for (size_t n = 1; n <= COURSE_BEST_OF; n *= 2)
+        course->best_of[n - 1] = best_of_n(result.reward, exam.n, n);
+    arena_free(&arena);
+}
+
+/* DPO on its way: what has it gained so far, and at what cost? */
+static void course_measure(struct Trainer *trainer) {
+    struct Arena arena = {0};
+    struct Examination exam = course_examination(trainer->task.measure_data, COURSE_FEW_PROMPTS);
+    struct PolicyResult result = policy_measure(trainer->model, &exam, &arena);
+    struct LogEntry *entry = state_log(&trainer->state);
+    log_value(entry, "eval_reward", result.mean_reward);
+    log_value(entry, "eval_kl", result.kl);
+    log_value(entry, "epoch", trainer->state.epoch);
+    log_value(entry, "step", (double)trainer->state.global_step);
+    arena_free(&arena);
+}
+
 /* Stage 4: DPO.                     [glossary: Otimização de preferência direta (DPO)] */
 static void course_dpo(struct Course *course) {
     enum { PAIRS_A_STEP = 16 };
@@ -10719,6 +10795,10 @@ static void course_dpo(struct Course *course) {
     dpo_task(&trainer, &course->arena, course->language_model, config, course->temperature, pairs,
              count);
     trainer.task.name = "4/4 dpo";
+    /* 3. measured on its way, so that reward and KL can be seen beside those of PPO's steps */
+    trainer.task.measure = course_measure;
+    trainer.task.measure_data = course;
+    trainer.args.eval_steps = MAX((size_t)1, course->dpo_steps / 6);
     if (course->dpo_steps)
         trainer_train(&trainer);
     course_finish(course, "dpo", &trainer);
@@ -10755,23 +10835,19 @@ static void course_run(struct Course *course, const struct Dataset *data,
     struct GPT2 **const policy[] = {&course->language_model, &course->ppo, &course->dpo};
     for (size_t k = 0; k < COUNT(stage); k++) {
         stage[k](course);
-        struct Examination exam = {
-            .ref_model = course->language_model,
-            .scorer = &course->scorer,
-            .prompts = course->test_prompts,
-            .n = course->test_n,
-            .generation = course_generation(course, COURSE_MAX_NEW),
-            .seed = course->seed + 1, /* not the random numbers used in training */
-        };
+        struct Examination exam = course_examination(course, course->test_n);
         course->result[k] = policy_measure(*policy[k], &exam, &course->arena);
     }
 
-    /* 3. What came of it: chapter 25. */
+    /* 3. What would the best of n of its answers have reached, without PPO and DPO? */
+    course_best_of_n(course);
+
+    /* 4. What came of it: chapter 25. */
     course_write(course, seconds_now() - begin);
     report_at_end(&course->arena, course->output_dir);
     course_print(course);
 
-    /* 4. The arena is freed last: everything above points into it. */
+    /* 5. The arena is freed last: everything above points into it. */
     for (size_t k = 0; k < COUNT(policy); k++)
         gpt2_free(*policy[k]);
     gpt2_free(course->reward_model);
@@ -14239,34 +14315,50 @@ static void trace_write_header(FILE *file, const struct RolloutTrainer *trainer)
     const struct PPOConfig *c = &trainer->ppo.config;
     fprintf(file,
             "{\"type\": \"header\", \"algorithm\": \"ppo\", \"totalSteps\": %zu, \"hparams\": "
-            "{\"ppo_epochs\": %zu, \"batch_size\": %zu, \"mini_batch_size\": %zu, "
-            "\"group_size\": 1, \"whiten_rewards\": %s",
-            trainer->total_steps, c->ppo_epochs, c->batch_size, c->mini_batch_size,
+            "{\"ppo_epochs\": %zu, \"batch_size\": %zu, \"group_size\": 1, \"gamma\": %.9g, "
+            "\"gae_lambda\": %.9g, \"clip_eps\": %.9g, \"vf_coef\": %.9g, \"kl_coef\": %.9g, "
+            "\"learning_rate\": %.9g, \"temperature\": %.9g, \"whiten_rewards\": %s}}\n",
+            trainer->total_steps, c->ppo_epochs, c->batch_size, c->gamma, c->lam, c->cliprange,
+            c->vf_coef, c->init_kl_coef, trainer->args.learning_rate, trainer->temperature,
             c->whiten_rewards ? "true" : "false");
-    const struct {
-        const char *name;
-        double value;
-    } numbers[] = {
-        {"gamma", c->gamma},
-        {"gae_lambda", c->lam},
-        {"clip_eps", c->cliprange},
-        {"cliprange_value", c->cliprange_value},
-        {"vf_coef", c->vf_coef},
-        {"kl_coef", c->init_kl_coef},
-        {"learning_rate", trainer->args.learning_rate},
-        {"temperature", trainer->temperature},
-    };
-    for (size_t i = 0; i < COUNT(numbers); i++)
-        fprintf(file, ", \"%s\": %s", numbers[i].name, json_number_text(numbers[i].value));
-    fputs("}}\n", file);
 }
 
-/* The numbers of an answer's tokens, those from start to end of the batch, in one epoch. */
+/* The numbers of a step, under the names that unipo knows. */
+static void trace_write_metrics(FILE *file, const struct RolloutTrainer *trainer) {
+    static const char *const names[][2] = {
+        {"reward", "env/reward_mean"},
+        {"kl", "objective/kl"},
+        {"kl_coef", "objective/kl_coef"},
+        {"policy_loss", "ppo/loss/policy"},
+        {"value_loss", "ppo/loss/value"},
+        {"entropy", "ppo/policy/entropy"},
+        {"clip_fraction", "ppo/policy/clipfrac"},
+    };
+    const struct PPOTrace *trace = &trainer->ppo.trace;
+    double value;
+    log_find(&trainer->stats, "ppo/loss/policy", &value);
+    fprintf(file, "\"metrics\": {\"policy_objective\": %s", json_number_text(-value));
+    for (size_t i = 0; i < COUNT(names); i++) {
+        log_find(&trainer->stats, names[i][1], &value);
+        fprintf(file, ", \"%s\": %s", names[i][0], json_number_text(value));
+    }
+    fprintf(file, ", \"advantage_mean\": %s, \"advantage_std\": %s}",
+            json_number_text(trace->advantage_mean), json_number_text(trace->advantage_std));
+}
+
+/* The numbers of an answer's tokens, n from `start` on in the batch, in one epoch. */
 static void trace_write_tokens(FILE *file, const struct RolloutTrainer *trainer, size_t start,
-                               size_t end, size_t epoch) {
+                               size_t n, size_t epoch) {
     const struct PPOTrace *trace = &trainer->ppo.trace;
     const struct PPOBatch *p = trace->batch;
     const float *logprobs = trace->logprobs + epoch * trace->R;
+    struct Arena arena = {0};
+    /* what the epoch raises: minus PPO's loss */
+    float *objective = arena_floats(&arena, trace->R);
+    for (size_t t = start; t < start + n; t++)
+        objective[t] = -(float)ppo_token_loss(p->logprobs[t], logprobs[t], p->advantages[t],
+                                              trainer->ppo.config.cliprange)
+                            .loss;
     const struct {
         const char *name;
         const float *x;
@@ -14275,21 +14367,13 @@ static void trace_write_tokens(FILE *file, const struct RolloutTrainer *trainer,
         {"old_log_probs", p->logprobs}, {"ref_log_probs", p->ref_logprobs},
         {"values", p->values},          {"advantages", p->advantages},
         {"returns", p->returns},        {"token_kl", p->kl},
-        {"rewards", p->rewards},
+        {"rewards", p->rewards},        {"token_objective", objective},
     };
     for (size_t i = 0; i < COUNT(columns); i++) {
         fprintf(file, ", \"%s\": ", columns[i].name);
-        json_write_floats(file, "", columns[i].x + start, end - start);
+        json_write_floats(file, "", columns[i].x + start, n);
     }
-    /* what the epoch raises: minus PPO's loss */
-    for (size_t t = start; t < end; t++) {
-        double loss = ppo_token_loss(p->logprobs[t], logprobs[t], p->advantages[t],
-                                     trainer->ppo.config.cliprange)
-                          .loss;
-        fputs(t > start ? ", " : ", \"token_objective\": [", file);
-        fputs(json_number_text(-loss), file);
-    }
-    fputc(']', file);
+    arena_free(&arena);
 }
 
 /* One answer in one epoch. */
@@ -14304,24 +14388,23 @@ static void trace_write_answer(FILE *file, const struct RolloutTrainer *trainer,
     const int *ids = e->ids + e->prompt_length;
 
     /* 1. the answer as a whole: prompt and text, its score as it was given and as it was used */
-    struct Text prompt =
-        tokenizer_decode_all(trainer->tok, &arena, e->ids, e->prompt_length, config->vocab_size);
-    struct Text text = answer_text(trainer->tok, &arena, e, config);
-    json_write_string(file, b ? ", {\"prompt\": " : "{\"prompt\": ", prompt);
-    fprintf(file, ", \"responses\": [{\"id\": \"step%zu_answer%zu\", \"reward\": %s, ",
-            trainer->step, b, json_number_text(trace->rollouts[b].score));
-    fprintf(file, "\"score\": %s, \"advantage\": %s", json_number_text(trace->scores[b]),
-            json_number_text(mean_of(trace->batch->advantages + start, n)));
-    json_write_string(file, ", \"response_text\": ", text);
+    json_write_string(file, b ? ", {\"prompt\": " : "{\"prompt\": ",
+                      tokenizer_decode_all(trainer->tok, &arena, e->ids, e->prompt_length,
+                                           config->vocab_size));
+    fprintf(file,
+            ", \"responses\": [{\"id\": \"step%zu_answer%zu\", \"reward\": %s, \"score\": %s, ",
+            trainer->step, b, json_number_text(trace->rollouts[b].score),
+            json_number_text(trace->scores[b]));
+    json_write_string(file, "\"response_text\": ", answer_text(trainer->tok, &arena, e, config));
     fprintf(file, ", \"response_length\": %zu, ", n);
 
     /* 2. once a step: what the judge thought on the way */
-    if (epoch == 0 && trace->scorer)
-        json_write_floats(file,
-                          "\"prefix_rewards\": ", scorer_prefixes(trace->scorer, &arena, e, config),
-                          n + 1);
-    if (epoch == 0 && trace->scorer)
+    if (epoch == 0 && trace->scorer) {
+        float *score = arena_floats(&arena, n + 1);
+        scorer_prefixes(trace->scorer, &arena, e, config, score);
+        json_write_floats(file, "\"prefix_rewards\": ", score, n + 1);
         fputs(", ", file);
+    }
 
     /* 3. token by token */
     json_write_ids(file, "\"tokens\": {\"ids\": ", ids, n);
@@ -14329,37 +14412,9 @@ static void trace_write_answer(FILE *file, const struct RolloutTrainer *trainer,
         json_write_string(file, t ? ", " : ", \"strings\": [",
                           tokenizer_decode(trainer->tok, ids[t], config->vocab_size));
     fputc(']', file);
-    trace_write_tokens(file, trainer, start, start + n, epoch);
+    trace_write_tokens(file, trainer, start, n, epoch);
     fputs("}}]}", file);
     arena_free(&arena);
-}
-
-/* The numbers of a step, under the names that unipo knows. */
-static void trace_write_metrics(FILE *file, const struct RolloutTrainer *trainer) {
-    static const char *const names[][2] = {
-        {"reward", "env/reward_mean"},
-        {"reward_std", "env/reward_std"},
-        {"kl", "objective/kl"},
-        {"kl_coef", "objective/kl_coef"},
-        {"policy_loss", "ppo/loss/policy"},
-        {"value_loss", "ppo/loss/value"},
-        {"total_loss", "ppo/loss/total"},
-        {"entropy", "ppo/policy/entropy"},
-        {"clip_fraction", "ppo/policy/clipfrac"},
-        {"return", "ppo/returns/mean"},
-        {"response_length", "tokens/responses_len_mean"},
-        {"learning_rate", "ppo/learning_rate"},
-    };
-    const struct PPOTrace *trace = &trainer->ppo.trace;
-    double value;
-    log_find(&trainer->stats, "ppo/loss/policy", &value);
-    fprintf(file, "\"metrics\": {\"policy_objective\": %s", json_number_text(-value));
-    for (size_t i = 0; i < COUNT(names); i++) {
-        log_find(&trainer->stats, names[i][1], &value);
-        fprintf(file, ", \"%s\": %s", names[i][0], json_number_text(value));
-    }
-    fprintf(file, ", \"advantage_mean\": %s", json_number_text(trace->advantage_mean));
-    fprintf(file, ", \"advantage_std\": %s}", json_number_text(trace->advantage_std));
 }
 
 /* The lines of a step in trace.jsonl, one an epoch, in the form that poloclub/unipo's viewer reads
@@ -14379,11 +14434,9 @@ static void trace_write(FILE *file, const struct RolloutTrainer *trainer) {
                 (trainer->step - 1) * trainer->ppo.config.ppo_epochs + epoch, trainer->step,
                 epoch == 0 ? "true" : "false");
         trace_write_metrics(file, trainer);
-        for (size_t b = 0; b < trace->answers; b++) {
-            if (b == 0)
-                fputs(", \"prompts\": [", file);
+        fputs(", \"prompts\": [", file);
+        for (size_t b = 0; b < trace->answers; b++)
             trace_write_answer(file, trainer, b, epoch);
-        }
         fputs("]}\n", file);
     }
 }
@@ -14425,6 +14478,21 @@ static void exact_print_row(const char *name, struct ExactFigures f, double ref,
            f.objective, 100 * (f.objective - ref) / (max - ref));
 }
 
+/* Prints what the best of n answers reaches, the bound of its KL last. */
+static void exact_print_best(const struct ExactWorld *w, double ref, double max) {
+    struct Arena arena = {0};
+    double *logps = arena_alloc(&arena, w->n, sizeof *logps);
+    for (size_t n = 2; n <= 16; n *= 2) {
+        exact_best_of_n(w, n, logps);
+        exact_print_row(arena_printf(&arena, "best of %zu", n), exact_figures(w, logps), ref, max);
+    }
+    printf("\nThe KL of the best of n is at most log n - (n - 1) / n:");
+    for (size_t n = 2; n <= 16; n *= 2)
+        printf(" %.4f", best_of_n_kl(n));
+    putchar('\n');
+    arena_free(&arena);
+}
+
 /* Prints the exact world's closed form, and what each training reached, as JSON or as a table. */
 static void exact_print(const struct ExactWorld *w, bool json) {
     double ref = exact_figures(w, w->logps[EXACT_REFERENCE]).objective;
@@ -14447,8 +14515,11 @@ static void exact_print(const struct ExactWorld *w, bool json) {
         else
             exact_print_row(EXACT[k].name, f, ref, max);
     }
-    if (json)
+    if (json) {
         puts("}");
+        return;
+    }
+    exact_print_best(w, ref, max);
 }
 
 /* From chapter 26: a file that ships with the program, or NULL. */
@@ -14488,6 +14559,93 @@ static void report_write_json(FILE *file, struct Text json) {
     }
 }
 
+/* Writes a text into a page: no character in it is markup, or steers a screen. */
+static void report_write_text(FILE *file, struct Text text) {
+    while (text.length > 0) {
+        char bytes[4];
+        uint32_t c = text_take(&text);
+        bool turns = (c >= 0x202a && c <= 0x202e) || (c >= 0x2066 && c <= 0x2069);
+        if (c == '<' || c == '>' || c == '&')
+            fprintf(file, "&#%u;", (unsigned)c);
+        else
+            fwrite(bytes, 1, utf8_write(bytes, is_control(c) || turns ? ' ' : c), file);
+    }
+}
+
+static void report_write_plain(FILE *file, const struct Json *json);
+
+/* An object, as a table: a row for each member. */
+static void report_write_object(FILE *file, const struct Json *object) {
+    fputs("<table>", file);
+    for (const struct Json *item = object->child; item; item = item->next) {
+        fputs("<tr><th>", file);
+        report_write_text(file, item->key);
+        fputs("</th><td>", file);
+        report_write_plain(file, item);
+        fputs("</td></tr>\n", file);
+    }
+    fputs("</table>\n", file);
+}
+
+/* A list of objects, as a table: a row for each, a column for each name that occurs. */
+static void report_write_rows(FILE *file, const struct Json *list) {
+    const struct Json *column[64]; /* the first member of each name */
+    size_t n = 0;
+    for (const struct Json *row = list->child; row; row = row->next) {
+        for (const struct Json *item = row->child; item && n < COUNT(column); item = item->next) {
+            size_t k = 0;
+            while (k < n && !text_equal(column[k]->key, item->key))
+                k++;
+            column[n] = item;
+            n += k == n;
+        }
+    }
+    fputs("<table><tr>", file);
+    for (size_t k = 0; k < n; k++) {
+        fputs("<th>", file);
+        report_write_text(file, column[k]->key);
+        fputs("</th>", file);
+    }
+    for (const struct Json *row = list->child; row; row = row->next) {
+        fputs("</tr>\n<tr>", file);
+        for (size_t k = 0; k < n; k++) {
+            const struct Json *item = json_get(row, column[k]->key.data);
+            fputs("<td>", file);
+            if (item)
+                report_write_plain(file, item);
+            fputs("</td>", file);
+        }
+    }
+    fputs("</tr></table>\n", file);
+}
+
+/* Any JSON, for a reader without scripts; of a list, numbers are divided by commas, and texts, the
+ * tokens of an answer, are written one after another. */
+static void report_write_plain(FILE *file, const struct Json *json) {
+    bool is_list = json->type == JSON_ARRAY;
+    if (json->type == JSON_STRING)
+        report_write_text(file, json->string);
+    else if (json->type == JSON_NUMBER)
+        fprintf(file, "%.6g", json->number);
+    else if (json->type == JSON_OBJECT)
+        report_write_object(file, json);
+    else if (is_list && json->child && json->child->type == JSON_OBJECT)
+        report_write_rows(file, json);
+    else
+        for (const struct Json *item = json->child; item; item = item->next) {
+            report_write_plain(file, item);
+            if (item->next && item->type == JSON_NUMBER)
+                fputs(", ", file);
+        }
+}
+
+/* A file of a run: its text, and what it says; a log of JSON lines has its text alone. */
+struct ReportFile {
+    const char *name;
+    struct Text text;
+    const struct Json *json;
+};
+
 /* The next line of a file of JSON lines, taken off its text; empty lines are skipped. */
 static bool report_line(struct Text *file, struct Text *line) {
     while (file->length > 0) {
@@ -14502,78 +14660,114 @@ static bool report_line(struct Text *file, struct Text *line) {
     return false;
 }
 
-/* A file of a run, as JSON for the page: an object as it is, JSON lines as a list. */
-static void report_write_file(FILE *out, struct Text text, bool is_lines) {
+/* Reads a file. It must be one JSON object, and each line of a file of JSON lines must be one: a
+ * broken one would make the page unreadable. */
+static struct ReportFile report_read(struct Arena *arena, const char *dir, const char *name) {
+    const char *path = arena_printf(arena, "%s/%s", dir, name);
+    struct ReportFile file = {.name = name};
+    if (!file_exists(path))
+        return file;
+    file.text = text_without_mark(read_file(arena, path));
+    if (!strstr(name, ".jsonl")) {
+        file.json = json_object(arena, file.text, path, "");
+        return file;
+    }
     struct Text line;
-    const char *before = "[";
-    if (!is_lines) {
-        report_write_json(out, text);
-        return;
-    }
-    for (; report_line(&text, &line); before = ",\n") {
-        fputs(before, out);
-        report_write_json(out, line);
-    }
-    fputs(before[0] == '[' ? "[]" : "]", out);
+    struct Text text = file.text;
+    for (size_t number = 1; report_line(&text, &line); number++)
+        json_object(arena, line, path, arena_printf(arena, ":%zu", number));
+    return file;
 }
 
-/* Each file must be one JSON object, and each line of a file of JSON lines: a broken one would make
- * the page unreadable. Returns whether it is a log. */
-static bool report_check_file(struct Arena *arena, struct Text text, const char *path,
-                              bool is_lines) {
-    struct Text line;
-    if (!is_lines)
-        return json_get(json_object(arena, text, path, ""), "log_history") != NULL;
-    for (size_t number = 1; report_line(&text, &line); number++)
-        json_object(arena, text_copy(arena, line), path, arena_printf(arena, ":%zu", number));
-    return false;
+/* Writes the run's files for the page's script: one JSON object, each file under its name, JSON
+ * lines as a list. */
+static void report_write_data(FILE *out, const struct ReportFile *file, size_t n) {
+    const char *before = "{";
+    for (size_t i = 0; i < n; i++) {
+        struct Text text = file[i].text;
+        struct Text line;
+        if (!text.data)
+            continue;
+        fprintf(out, "%s\"%s\": ", before, file[i].name);
+        before = ",\n";
+        if (file[i].json) {
+            report_write_json(out, text);
+            continue;
+        }
+        for (const char *comma = "["; report_line(&text, &line); comma = ",\n") {
+            fputs(comma, out);
+            report_write_json(out, line);
+        }
+        fputc(']', out);
+    }
+    fputc('}', out);
+}
+
+/* Writes them for a reader without scripts: the report's tables, then each log's. */
+static void report_write_tables(FILE *out, const struct ReportFile *file, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        if (!file[i].json)
+            continue;
+        const struct Json *log = json_get(file[i].json, "log_history");
+        fprintf(out, "<h2>%s</h2>\n", file[i].name);
+        report_write_plain(out, log ? log : file[i].json);
+    }
+}
+
+/* A place in the page: what stands between two tags, and is replaced. */
+struct ReportPlace {
+    const char *begin, *end;
+    const char *fault; /* NULL, or what is wrong with the page */
+};
+
+/* Finds it in the page's text from `from` on. */
+static struct ReportPlace report_place(struct Arena *arena, const char *path, const char *from,
+                                       const char *mark, const char *close) {
+    const char *begin = strstr(from, mark);
+    const char *end = begin ? strstr(begin, close) : NULL;
+    if (!end)
+        return (struct ReportPlace){
+            .fault = arena_printf(arena, "%s: no place for a run (%s%s)", path, mark, close)};
+    return (struct ReportPlace){begin + strlen(mark), end, NULL};
 }
 
 /* report_write -- makes DIR/report.html: the page that ships with the program, with a JSON object
- * inserted that holds each file of the run under its path. The page needs no other file and no
- * network, so years later it still looks the same. Returns NULL, or what is wrong with the page.
- *                                                                           test: report_page */
+ * inserted that holds each file of the run under its path, and the same as tables for a reader
+ * without scripts. The page needs no other file and no network, so years later it still looks the
+ * same. Returns NULL, or what is wrong with the page.                       test: report_page */
 static const char *report_write(struct Arena *arena, const char *dir, const char *page_path) {
-    static const char mark[] = "<script type=\"application/json\" id=\"run\">";
-    struct Text file[COUNT(REPORT_FILE)] = {0};
+    struct ReportFile file[COUNT(REPORT_FILE)];
     bool any_log = false;
 
-    /* 1. The page, and the place in it for a run. If there is one already, it is replaced. */
+    /* 1. The page, and the two places in it for a run. If there is one already, it is replaced. */
     if (!page_path)
         return "docs/report.html is neither beside the program nor in the current folder";
     struct Text page = read_file(arena, page_path);
-    const char *place = strstr(page.data, mark);
-    const char *rest = place ? strstr(place, "</script>") : NULL;
-    if (!rest)
-        return arena_printf(arena, "%s: no place for a run (%s</script>)", page_path, mark);
-    place += strlen(mark);
+    struct ReportPlace plain =
+        report_place(arena, page_path, page.data, "<div id=\"plain\">", "</div>");
+    if (plain.fault)
+        return plain.fault;
+    struct ReportPlace data =
+        report_place(arena, page_path, plain.end, "<script type=\"application/json\" id=\"run\">",
+                     "</script>");
+    if (data.fault)
+        return data.fault;
 
     /* 2. the files */
     for (size_t i = 0; i < COUNT(file); i++) {
-        const char *path = arena_printf(arena, "%s/%s", dir, REPORT_FILE[i]);
-        if (!file_exists(path))
-            continue;
-        struct Text text = read_file(arena, path);
-        bool is_lines = strstr(REPORT_FILE[i], ".jsonl");
-        any_log = report_check_file(arena, text, path, is_lines) || any_log;
-        file[i] = text_without_mark(text);
+        file[i] = report_read(arena, dir, REPORT_FILE[i]);
+        any_log = any_log || (file[i].json && json_get(file[i].json, "log_history"));
     }
     CHECK(any_log, "%s: no log of a run there (trainer_state.json); give the --output_dir of one",
           dir);
 
-    /* 3. Write the page up to that place, the object, and the rest of the page. */
+    /* 3. The page up to each place, what belongs there, and the rest. */
     struct Output out = output_open(dir, "report.html");
-    const char *before = "{";
-    fwrite(page.data, 1, (size_t)(place - page.data), out.file);
-    for (size_t i = 0; i < COUNT(file); i++) {
-        if (!file[i].data)
-            continue;
-        fprintf(out.file, "%s\"%s\": ", before, REPORT_FILE[i]);
-        report_write_file(out.file, file[i], strstr(REPORT_FILE[i], ".jsonl"));
-        before = ",\n";
-    }
-    fputc('}', out.file);
-    fwrite(rest, 1, page.length - (size_t)(rest - page.data), out.file);
+    fwrite(page.data, 1, (size_t)(plain.begin - page.data), out.file);
+    report_write_tables(out.file, file, COUNT(file));
+    fwrite(plain.end, 1, (size_t)(data.begin - plain.end), out.file);
+    report_write_data(out.file, file, COUNT(file));
+    fwrite(data.end, 1, page.length - (size_t)(data.end - page.data), out.file);
     output_close(&out);
     return NULL;
 }
@@ -14708,7 +14902,14 @@ static void course_write_report(struct Course *course, double seconds) {
     course_write_reviews(course, out.file, ",\n\"disliked\": ", false);
     course_write_reviews(course, out.file, ",\n\"liked\": ", true);
 
-    /* 3. A few answers, token by token. */
+    /* 3. The language model's best of n, where training begins to pay. */
+    for (size_t n = 1; n <= COURSE_BEST_OF; n *= 2)
+        fprintf(out.file, "%s{\"n\": %zu, \"reward\": %s, \"kl\": %s}",
+                n == 1 ? ",\n\"best_of_n\": [" : ", ", n, json_number_text(course->best_of[n - 1]),
+                json_number_text(best_of_n_kl(n)));
+    fputc(']', out.file);
+
+    /* 4. A few answers, token by token. */
     for (size_t i = 0; i < MIN(course->test_n, (size_t)8); i++) {
         fputs(i ? ",\n" : ",\n\"samples\": [\n", out.file);
         course_write_sample(course, out.file, i, true);

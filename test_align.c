@@ -5306,21 +5306,25 @@ static void test_ppo_trace_shows(void) {
     }
 }
 
-/* The judge's opinion after each token: that of the text cut there, on the scale of scores. */
+/* The judge's opinion after each token. A causal model's hidden state at a token has seen that token
+ * and those before it, never later ones: the head, read at each, gives all of them in one pass. */
 static void test_scorer_prefixes(void) {
     struct GPT2 *judge = random_model(300, 14, 8, 2, 2);
     tensor_normal(reward_head_declare(judge), &test_rng, 1);
-    struct Scorer scorer = {.reward_model = judge, .tok = tokenizer, .mean = 0.1, .std = 0.5};
+    struct Scorer scorer = {judge, tokenizer, 0.1, 0.5, 99, -2};
     struct GPT2Config policy = {.vocab_size = 300, .eos_token_id = 299};
     struct Example e = example_encode(&test_arena, tokenizer, text_of("abc de fgh"), 300, NULL);
+    float scores[16], reward[16];
+    int row[16];
+    for (int t = 0; t < 16; t++)
+        row[t] = t;
+    struct Batch batch = collate(&test_arena, &e, 1, READ_LAST);
+    struct Activations acts = gpt2_forward(judge, &test_arena, &batch, false);
+    scalar_head_forward(reward, acts.ln_f, row, e.n, &judge->score, NULL);
     e.prompt_length = 2;
-    float *scores = scorer_prefixes(&scorer, &test_arena, &e, &policy);
-    for (size_t n = e.prompt_length; n <= e.n; n++) {
-        struct Example cut = {e.ids, n, e.prompt_length};
-        float want;
-        scorer_score(&scorer, &test_arena, &cut, 1, &policy, &want);
-        expect_close("of a prefix", scores[n - e.prompt_length], want, 1e-5);
-    }
+    scorer_prefixes(&scorer, &test_arena, &e, &policy, scores);
+    for (size_t n = e.prompt_length; n <= e.n; n++)
+        expect_close("a beginning", scores[n - 2], (reward[n - 1] - 0.1) / 0.5, 1e-5);
     expect_true("they differ", fabsf(scores[0] - scores[1]) > 1e-3f);
 }
 
@@ -5653,6 +5657,45 @@ static void test_exact_figures(void) {
     expect_close("E[r]", f.reward, 1.5, 1e-12);
     expect_close("KL", f.kl, 0.1308, 1e-4);
     expect_close("J", f.objective, 1.4346, 1e-4);
+}
+
+/* By hand, and against all 27 triples of answers. Its KL stays below the bound. */
+static void test_exact_best_of_n(void) {
+    double ref[] = {log(0.25), log(0.75), 0};
+    double logps[3];
+    struct ExactWorld w = {.n = 2, .r = (double[]){1, 0}, .beta = 1, .logps = {ref, ref}};
+    exact_best_of_n(&w, 2, logps);
+    expect_close("the better of two", exp(logps[0]), 7 / 16.0, 1e-12);
+    expect_close("the worse", exp(logps[1]), 9 / 16.0, 1e-12);
+    expect_close("its KL", exact_figures(&w, logps).kl, 0.0830, 1e-4);
+    expect_close("at most", best_of_n_kl(2), 0.1931, 1e-4);
+    expect_close("one answer", best_of_n_kl(1), 0, 0);
+
+    double p[] = {0.2, 0.3, 0.5};
+    double want[3] = {0};
+    w.n = 3;
+    w.r = (double[]){0.4, -1, 2};
+    for (int i = 0; i < 3; i++)
+        ref[i] = log(p[i]);
+    for (int t = 0; t < 27; t++) {
+        int y[] = {t / 9, t / 3 % 3, t % 3};
+        int best = w.r[y[1]] > w.r[y[0]] ? y[1] : y[0];
+        best = w.r[y[2]] > w.r[best] ? y[2] : best;
+        want[best] += p[y[0]] * p[y[1]] * p[y[2]];
+    }
+    exact_best_of_n(&w, 3, logps);
+    for (int i = 0; i < 3; i++)
+        expect_close("best of three", exp(logps[i]), want[i], 1e-12);
+    expect_true("below the bound", exact_figures(&w, logps).kl < best_of_n_kl(3));
+}
+
+/* By hand; two prompts of four answers each. */
+static void test_best_of_n(void) {
+    float reward[] = {1, 3, 2, 0, 5, 5, -1, 4};
+    expect_close("of 1", best_of_n(reward, 4, 1), 1.5, 0);
+    expect_close("of 2", best_of_n(reward, 4, 2), 2.5, 0);
+    expect_close("of 4", best_of_n(reward, 4, 4), 3, 0);
+    expect_close("two prompts", best_of_n(reward, 8, 4), 4, 0);
 }
 
 /* By hand. */
@@ -7961,20 +8004,29 @@ static void test_report_page(void) {
     write_text("run/report.json", "{\"facts\": {\"Command\": \"" HOSTILE "\"}}");
     expect_true("no fault", report_write(&test_arena, run, shipped_page()) == NULL);
 
-    /* 1. The page is the one that ships, but for what stands in the place for the run. */
+    /* 1. The page is the one that ships, but for what stands in the two places for the run. */
     struct Text page = run_page();
     struct Text shipped = read_file(&test_arena, shipped_page());
-    const char *place = "<script type=\"application/json\" id=\"run\">";
-    size_t head = (size_t)(strstr(shipped.data, place) - shipped.data) + strlen(place);
-    expect_true("up to the place",
-                page.length > shipped.length && memcmp(page.data, shipped.data, head) == 0);
-    char *data = arena_printf(&test_arena, "%s", page.data + head);
-    char *rest = strstr(data, "</script>");
-    CHECK(rest, "test_align: the page's data have no end");
-    expect_text("behind it", text_of(rest), shipped.data + head);
+    const char *places[] = {"<div id=\"plain\">", "<script type=\"application/json\" id=\"run\">"};
+    const char *closes[] = {"</div>", "</script>"};
+    char *inside[2];
+    char *at = arena_printf(&test_arena, "%s", page.data);
+    const char *expected = shipped.data;
+    for (int k = 0; k < 2; k++) {
+        size_t head = (size_t)(strstr(expected, places[k]) - expected) + strlen(places[k]);
+        expect_true("up to a place", strlen(at) > head && memcmp(at, expected, head) == 0);
+        inside[k] = at + head;
+        at = strstr(inside[k], closes[k]);
+        CHECK(at, "test_align: the page's data have no end");
+        expected += head;
+    }
+    expect_text("behind it", text_of(at), expected);
+    *at = 0;
+    char *data = inside[1];
+    *strstr(inside[0], closes[0]) = 0;
+    char *plain = inside[0];
 
     /* 2. There stand the files, and nothing that HTML could take for its own. */
-    *rest = 0;
     expect_true("no markup", !strpbrk(data, "<>&") && !strstr(data, "\xe2\x80\xa8"));
     const char *error;
     struct Json *object = parse(data, &error);
@@ -7985,7 +8037,14 @@ static void test_report_page(void) {
     expect_close("the run's log", first_step(object, "trainer_state.json"), 1, 0);
     expect_close("a stage's log", first_step(object, "ppo/trainer_state.json"), 2, 0);
 
-    /* 3. A page that has a run already takes another one in its place. */
+    /* 3. The same as tables: the fact's text is letters, a log has a row for each entry. */
+    expect_true("a fact", strstr(plain, "<tr><th>Command</th><td>") != NULL);
+    expect_true("no markup of the run's", !strstr(plain, "<!--") && !strstr(plain, "<script"));
+    expect_true("a log", strstr(plain, "<h2>ppo/trainer_state.json</h2>\n<table><tr><th>step</th>"
+                                       "<th>loss</th></tr>\n<tr><td>2</td><td></td></tr>")
+                             != NULL);
+
+    /* 4. A page that has a run already takes another one in its place. */
     write_bytes("filled.html", run_page().data, page.length);
     expect_true("no fault", report_write(&test_arena, run, temporary("filled.html")) == NULL);
     expect_text("filled again", run_page(), read_file(&test_arena, temporary("filled.html")).data);
@@ -8008,9 +8067,7 @@ static void test_report_refusals(void) {
                 "docs/report.html is neither beside the program nor in the current folder");
     const char *page = write_text("page.html", "<html><script id=\"run\"></script></html>");
     expect_text("no place", text_of(report_write(&test_arena, run, page)),
-                arena_printf(&test_arena,
-                             "%s: no place for a run (<script type=\"application/json\" "
-                             "id=\"run\"></script>)",
+                arena_printf(&test_arena, "%s: no place for a run (<div id=\"plain\"></div>)",
                              page));
     expect_true("nothing is written", !file_exists(temporary("refused/report.html")));
 }
@@ -9217,10 +9274,12 @@ static const struct {
     {"answer_end", test_answer_end},
     {"collect_identical", test_collect_identical},
     {"exact_figures", test_exact_figures},
+    {"exact_best_of_n", test_exact_best_of_n},
     {"exact_dpo_loss", test_exact_dpo_loss},
     {"exact_dpo_loss_slopes", test_exact_dpo_loss_slopes},
     {"exact_dpo_gradient", test_exact_dpo_gradient},
     {"exact_run", test_exact_run},
+    {"best_of_n", test_best_of_n},
     {"evaluation", test_evaluation},
     {"evaluation_kl", test_evaluation_kl},
     {"json_values", test_json_values},
