@@ -14694,7 +14694,8 @@ static void report_write_data(FILE *out, const struct ReportFile *file, size_t n
             report_write_json(out, text);
             continue;
         }
-        for (const char *comma = "["; report_line(&text, &line); comma = ",\n") {
+        fputc('[', out);
+        for (const char *comma = ""; report_line(&text, &line); comma = ",\n") {
             fputs(comma, out);
             report_write_json(out, line);
         }
