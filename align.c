@@ -14592,6 +14592,8 @@ static void report_write_rows(FILE *file, const struct Json *list) {
     const struct Json *column[64]; /* the first member of each name */
     size_t n = 0;
     for (const struct Json *row = list->child; row; row = row->next) {
+        if (row->type != JSON_OBJECT)
+            continue;
         for (const struct Json *item = row->child; item && n < COUNT(column); item = item->next) {
             size_t k = 0;
             while (k < n && !text_equal(column[k]->key, item->key))
@@ -14609,7 +14611,8 @@ static void report_write_rows(FILE *file, const struct Json *list) {
     for (const struct Json *row = list->child; row; row = row->next) {
         fputs("</tr>\n<tr>", file);
         for (size_t k = 0; k < n; k++) {
-            const struct Json *item = json_get(row, column[k]->key.data);
+            const struct Json *item =
+                row->type == JSON_OBJECT ? json_get(row, column[k]->key.data) : NULL;
             fputs("<td>", file);
             if (item)
                 report_write_plain(file, item);

@@ -8000,7 +8000,8 @@ static void test_report_page(void) {
     const char *run = temporary("run");
     make_folder(temporary("run/ppo"));
     write_text("run/trainer_state.json", "\xef\xbb\xbf{\"log_history\": [{\"step\": 1}]}\n");
-    write_text("run/ppo/trainer_state.json", "{\"log_history\": [{\"step\": 2, \"loss\": null}]}");
+    write_text("run/ppo/trainer_state.json", "{\"log_history\": [{\"step\": 2, \"loss\": null}, 3, "
+                                             "[1], {}]}");
     write_text("run/report.json", "{\"facts\": {\"Command\": \"" HOSTILE "\"}}");
     expect_true("no fault", report_write(&test_arena, run, shipped_page()) == NULL);
 

@@ -216,8 +216,9 @@ BY_HAND = r"""(() => {
   same('delta', column('delta'), [-0.2, -0.1, 0.68].map(cell));
   same('advantage', column('advantage'), [0.3187, 0.546, 0.68].map(cell));
   same('return', column('target'), [0.8187, 0.946, 0.98].map(cell));
-  same('clipped', recompute(answer, set, false).map(row => row.clipped), [[false], [true], [false]]);
-  same('whitened rewards stay', column('reward', recompute(answer, set, true)), [1, 2, 3].map(cell));
+  same('clipped', recompute(answer, set, false).map(row => row.clipped[0]), [false, true, false]);
+  const whitened = recompute(answer, set, true);
+  same('whitened rewards stay', column('reward', whitened), [1, 2, 3].map(cell));
   same('no discount, no lambda', column('advantage', recompute(answer, {...set, lambda: 0}, false)),
        [-0.2, -0.1, 0.68].map(cell));
   same('nearest', [-5, 1.4, 1.6, 9].map(x => nearest([0, 1, 2, 3], x)), [0, 1, 2, 3]);
@@ -643,10 +644,11 @@ def check_trace(name, path, most_shown):
             faults += [first and not same and "the first ratio is not 1"]
     steps = sorted({e["ppo_step"] for e in entries})
     size = os.path.getsize(path)
+    whole_run = size / len(steps) * 13
     faults += [
-        steps[0] != 1 or steps[-1] * epochs != entries[-1]["step"] + epochs and "steps %s" % steps,
+        steps[0] != 1 or steps[-1] * epochs != entries[-1]["step"] + 1 and "steps %s" % steps,
         len(steps) > 13 and "%d steps" % len(steps),
-        size / len(steps) * 13 > TRACE_BYTES and most_shown and "%d bytes a step" % (size / len(steps)),
+        most_shown and whole_run > TRACE_BYTES and "%d bytes of 13 steps" % whole_run,
     ]
     note = "%d steps, %d KB" % (len(steps), size // 1000)
     check("trace.jsonl: " + name, dict.fromkeys(faults), note)
@@ -666,7 +668,7 @@ AGAINST_TRACE = r"""(() => {
         rows.forEach((row, t) => {
           tokens++;
           if (!(Math.abs(row[key] - file[name][t]) < 1e-4))
-            wrong.push(`step ${number}, answer ${i}, token ${t}: ${key} ${row[key]}, ${file[name][t]}`);
+            wrong.push(`${number}, ${i}, ${t}: ${key} ${row[key]}, ${file[name][t]}`);
         });
       epochs.slice(1).forEach((line, e) => rows.forEach((row, t) => {
         const r = line.prompts[i].responses[0].tokens;
@@ -691,12 +693,12 @@ def check_microscope(browser, path, name):
     text = lambda query: page.evaluate("document.querySelector(%r).textContent" % query)
     focus = lambda query: page.evaluate("document.querySelector(%r).focus()" % query)
     at = lambda: page.evaluate("document.activeElement.id || document.activeElement.localName")
-    column = lambda k: page.evaluate(
-        "[...document.querySelectorAll('#tokens tbody tr')].map(r => r.children[%d].textContent)" % k
-    )
+    rows = "[...document.querySelectorAll('#tokens tbody tr')]"
+    column = lambda k: page.evaluate(rows + ".map(row => row.children[%d].textContent)" % k)
     faults, before = [], text("#tokens")
     wrong_if = lambda fault, what: faults.append(fault and what)
     focus("#step")
+    page.press("ArrowRight")
     page.press("ArrowRight")
     wrong_if(text("#tokens") == before, "another step shows the same")
     page.press("Tab")
@@ -705,7 +707,7 @@ def check_microscope(browser, path, name):
     page.press("ArrowDown")
     wrong_if(text("#tokens") == before, "another answer shows the same")
     before = text("#tokens")
-    for slider, changed in (("beta", 4), ("gamma", 8), ("lambda", 8)):
+    for slider, changed in (("beta", 4), ("lambda", 8), ("gamma", 9)):
         focus("#" + slider)
         was = column(changed)
         page.press("Home")
@@ -752,7 +754,8 @@ def check_glossary(browser):
     }
     page = browser.open(PAGE)
     said = page.evaluate(
-        "[...document.querySelectorAll('dt')].map(e => [e.textContent, e.nextElementSibling.textContent])"
+        "[...document.querySelectorAll('dt')]"
+        ".map(e => [e.textContent, e.nextElementSibling.textContent])"
     )
     page.close()
     squeezed = lambda text: " ".join(text.split())
