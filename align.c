@@ -6711,6 +6711,14 @@ static double trainer_evaluate(struct Trainer *trainer) {
     return loss;
 }
 
+/* What is due at each eval_steps. */
+static void trainer_examine(struct Trainer *trainer) {
+    if (trainer->task.eval_n)
+        trainer_evaluate(trainer);
+    if (trainer->task.measure)
+        trainer->task.measure(trainer);
+}
+
 /* ---- Training ------------------------------------------------------------------------------- */
 
 /* How many micro-batches hold n rows; the last may be smaller. */
@@ -6927,11 +6935,8 @@ static void trainer_train(struct Trainer *trainer) {
             trainer_log(trainer, norm, lr);
 
             /* 6. evaluate on held-out items */
-            bool due = args->eval_steps && state->global_step % args->eval_steps == 0;
-            if (due && trainer->task.eval_n)
-                trainer_evaluate(trainer);
-            if (due && trainer->task.measure)
-                trainer->task.measure(trainer);
+            if (args->eval_steps && state->global_step % args->eval_steps == 0)
+                trainer_examine(trainer);
 
             /* 7. save; after Ctrl-C the program ends here */
             state->seconds = seconds_now() - begin;
@@ -14395,6 +14400,8 @@ static void trace_write_answer(FILE *file, const struct RolloutTrainer *trainer,
             ", \"responses\": [{\"id\": \"step%zu_answer%zu\", \"reward\": %s, \"score\": %s, ",
             trainer->step, b, json_number_text(trace->rollouts[b].score),
             json_number_text(trace->scores[b]));
+    fprintf(file, "\"advantage\": %s, ",
+            json_number_text(mean_of(trace->batch->advantages + start, n)));
     json_write_string(file, "\"response_text\": ", answer_text(trainer->tok, &arena, e, config));
     fprintf(file, ", \"response_length\": %zu, ", n);
 

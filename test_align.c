@@ -5306,8 +5306,8 @@ static void test_ppo_trace_shows(void) {
     }
 }
 
-/* The judge's opinion after each token. A causal model's hidden state at a token has seen that token
- * and those before it, never later ones: the head, read at each, gives all of them in one pass. */
+/* The judge's opinion after each token. A causal model's hidden state at a token has seen that
+ * token and those before it, never later ones: the head, read at each, gives all in one pass. */
 static void test_scorer_prefixes(void) {
     struct GPT2 *judge = random_model(300, 14, 8, 2, 2);
     tensor_normal(reward_head_declare(judge), &test_rng, 1);

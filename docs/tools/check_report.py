@@ -66,7 +66,7 @@ UNIPO = {
     "entry": "step is_first_step_after_rollout_phase metrics prompts",
     "metrics": "policy_objective reward policy_loss value_loss entropy kl clip_fraction"
     " advantage_mean advantage_std",
-    "response": "id reward response_text response_length tokens",
+    "response": "id reward advantage response_text response_length tokens",
     "tokens": "ids strings log_probs ref_log_probs old_log_probs values advantages returns token_kl"
     " rewards token_objective",
 }
