@@ -7904,22 +7904,31 @@ static void scorer_score(const struct Scorer *scorer, struct Arena *arena,
 }
 
 /* scorer_prefixes -- how the judge's mind changes while it reads: the score that an answer would
- * have had, had it ended after each of its tokens. Each beginning is a text of its own.
+ * have had, had it ended after each of its tokens. Each beginning is a text of its own; of a long
+ * answer some 32 are read, or they would cost more than the training.
  * in   sequence: query and response; policy: the model that wrote them
- * out  score (response tokens + 1): the first is of the query alone, the last of the whole answer.
- *      Bare: without the penalty for short answers.                       test: scorer_prefixes */
+ * out  score (response tokens + 1): the first is of the query alone, the last of the whole answer;
+ *      NaN where none was read. Bare: without the penalty for short answers.
+ *                                                                        test: scorer_prefixes */
 static void scorer_prefixes(const struct Scorer *scorer, struct Arena *arena,
                             const struct Example *sequence, const struct GPT2Config *policy,
                             float *score) {
     struct Scorer bare = *scorer;
     bare.least_length = 0;
     size_t n = sequence->n - sequence->prompt_length + 1;
+    size_t stride = n / 32 + 1;
+    size_t count = 0;
     struct Example *beginnings = arena_alloc(arena, n, sizeof *beginnings);
     for (size_t t = 0; t < n; t++) {
-        beginnings[t] = *sequence;
-        beginnings[t].n = sequence->prompt_length + t;
+        score[t] = NAN;
+        beginnings[count] = *sequence;
+        beginnings[count].n = sequence->prompt_length + t;
+        count += t % stride == 0 || t + 1 == n;
     }
-    scorer_score(&bare, arena, beginnings, n, policy, score);
+    float *read = arena_floats(arena, count);
+    scorer_score(&bare, arena, beginnings, count, policy, read);
+    for (size_t i = 0; i < count; i++)
+        score[beginnings[i].n - sequence->prompt_length] = read[i];
 }
 
 /* Where rollouts come from: prompts that the policy answers and the scorer judges, or stored

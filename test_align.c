@@ -5326,6 +5326,20 @@ static void test_scorer_prefixes(void) {
     for (size_t n = e.prompt_length; n <= e.n; n++)
         expect_close("a beginning", scores[n - 2], (reward[n - 1] - 0.1) / 0.5, 1e-5);
     expect_true("they differ", fabsf(scores[0] - scores[1]) > 1e-3f);
+
+    /* Of 64 beginnings every third is read, and the whole answer. */
+    float many[64];
+    e.ids = arena_zeros(&test_arena, 64, sizeof(int));
+    for (int t = 0; t < 64; t++)
+        e.ids[t] = 'a' + t % 7;
+    e.n = 64;
+    e.prompt_length = 1;
+    scorer_prefixes(&scorer, &test_arena, &e, &policy, many);
+    size_t read = 0;
+    for (int t = 0; t < 64; t++)
+        read += isfinite(many[t]) != 0;
+    expect_count("how many are read", read, 22);
+    expect_true("the first and the last", isfinite(many[0]) && isfinite(many[63]));
 }
 
 /* Number t of a list of trace.jsonl. */
