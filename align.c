@@ -7913,6 +7913,7 @@ static void scorer_score(const struct Scorer *scorer, struct Arena *arena,
 static void scorer_prefixes(const struct Scorer *scorer, struct Arena *arena,
                             const struct Example *sequence, const struct GPT2Config *policy,
                             float *score) {
+    /* 1. the beginnings: the same ids, of which fewer count */
     struct Scorer bare = *scorer;
     bare.least_length = 0;
     size_t n = sequence->n - sequence->prompt_length + 1;
@@ -7925,6 +7926,8 @@ static void scorer_prefixes(const struct Scorer *scorer, struct Arena *arena,
         beginnings[count].n = sequence->prompt_length + t;
         count += t % stride == 0 || t + 1 == n;
     }
+
+    /* 2. all of them judged together, each score at the length of its beginning */
     float *read = arena_floats(arena, count);
     scorer_score(&bare, arena, beginnings, count, policy, read);
     for (size_t i = 0; i < count; i++)
