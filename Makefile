@@ -39,7 +39,6 @@ run: align
 bench: align_bench
 	@./align_bench $(BENCH)
 
-.PHONY: figures
 figures: align
 	python3 docs/tools/make_figures.py
 

@@ -6206,6 +6206,7 @@ static void trainer_state_save(const struct TrainerState *s, const struct Traini
                                const char *folder);
 static void stats_write_line(FILE *file, const struct RolloutTrainer *trainer);
 static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n);
+static void trace_write(FILE *file, const struct RolloutTrainer *trainer);
 
 /* Samples on a terminal: is it time for one, how wide is the terminal, and a text made safe to
  * print there. */
@@ -6229,7 +6230,9 @@ struct Output {
     char path[PATH_MAX], tmp[PATH_MAX + 8];
 };
 
-static const char *const LOGS[] = {"stats_all.jsonl", "rollouts.jsonl"};
+/* The logs of a run of PPO, which grow with each step. */
+enum { LOG_STATS, LOG_ROLLOUTS, LOG_TRACE, LOG_FILES };
+static const char *const LOGS[LOG_FILES] = {"stats_all.jsonl", "rollouts.jsonl", "trace.jsonl"};
 
 /* Set by Ctrl-C. Training then stops where it can be resumed, never in the middle of a step. */
 static volatile sig_atomic_t interrupted;
@@ -6614,9 +6617,9 @@ struct Checkpoint {
     const struct Tokenizer *tok;
     const struct TrainingArguments *args;
     struct TrainerState *state;
-    const char *task, *log_dir; /* log_dir: the folder of PPO's two logs */
+    const char *task, *log_dir; /* log_dir: the folder of PPO's logs */
     struct Output *logs; /* NULL: none */
-    size_t log_bytes[2]; /* their lengths at the checkpoint */
+    size_t log_bytes[LOG_FILES]; /* their lengths at the checkpoint */
     struct Saved saved[24];
     size_t count;
     size_t run; /* how many runs have begun in output_dir, this one included */
@@ -6650,6 +6653,9 @@ struct Task {
     void (*saved)(struct Trainer *trainer, struct Checkpoint *checkpoint);
     /* Shows on the terminal what the model writes at this point. */
     void (*sample)(struct Trainer *trainer);
+    /* Measures what a loss cannot tell, at each evaluation. */
+    void (*measure)(struct Trainer *trainer);
+    void *measure_data;
 };
 
 struct Trainer {
@@ -6780,6 +6786,14 @@ static double trainer_evaluate(struct Trainer *trainer) {
     state_say(&trainer->state, trainer->task.name, &entry, true);
     log_find(&entry, "eval_loss", &loss);
     return loss;
+}
+
+/* What is due at each eval_steps. */
+static void trainer_examine(struct Trainer *trainer) {
+    if (trainer->task.eval_n)
+        trainer_evaluate(trainer);
+    if (trainer->task.measure)
+        trainer->task.measure(trainer);
 }
 
 /* ---- Training ------------------------------------------------------------------------------- */
@@ -6999,9 +7013,8 @@ static void trainer_train(struct Trainer *trainer) {
             trainer_log(trainer, norm, lr);
 
             /* 6. evaluate on held-out items */
-            if (trainer->task.eval_n && args->eval_steps
-                && state->global_step % args->eval_steps == 0)
-                trainer_evaluate(trainer);
+            if (args->eval_steps && state->global_step % args->eval_steps == 0)
+                trainer_examine(trainer);
 
             /* 7. save; after Ctrl-C the program ends here */
             state->seconds = seconds_now() - begin;
@@ -7979,6 +7992,37 @@ static void scorer_score(const struct Scorer *scorer, struct Arena *arena,
         score[i] = scorer_scale(scorer, &sequences[i], policy, score[i]);
 }
 
+/* scorer_prefixes -- how the judge's mind changes while it reads: the score that an answer would
+ * have had, had it ended after each of its tokens. Each beginning is a text of its own; of a long
+ * answer some 32 are read, or they would cost more than the training.
+ * in   sequence: query and response; policy: the model that wrote them
+ * out  score (response tokens + 1): the first is of the query alone, the last of the whole answer;
+ *      NaN where none was read. Bare: without the penalty for short answers.
+ *                                                                        test: scorer_prefixes */
+static void scorer_prefixes(const struct Scorer *scorer, struct Arena *arena,
+                            const struct Example *sequence, const struct GPT2Config *policy,
+                            float *score) {
+    /* 1. the beginnings: the same ids, of which fewer count */
+    struct Scorer bare = *scorer;
+    bare.least_length = 0;
+    size_t n = sequence->n - sequence->prompt_length + 1;
+    size_t stride = n / 32 + 1;
+    size_t count = 0;
+    struct Example *beginnings = arena_alloc(arena, n, sizeof *beginnings);
+    for (size_t t = 0; t < n; t++) {
+        score[t] = NAN;
+        beginnings[count] = *sequence;
+        beginnings[count].n = sequence->prompt_length + t;
+        count += t % stride == 0 || t + 1 == n;
+    }
+
+    /* 2. all of them judged together, each score at the length of its beginning */
+    float *read = arena_floats(arena, count);
+    scorer_score(&bare, arena, beginnings, count, policy, read);
+    for (size_t i = 0; i < count; i++)
+        score[beginnings[i].n - sequence->prompt_length] = read[i];
+}
+
 /* Where rollouts come from: prompts that the policy answers and the scorer judges, or stored
  * ones.  [glossary: Rollout] */
 struct RolloutSource {
@@ -8062,6 +8106,20 @@ static double running_moments_std(const struct RunningMoments *m) {
     return sqrt(m->var * m->count / (m->count - 1));
 }
 
+/* What trace.jsonl shows of a step, number by number: the first answers of its batch. It is written
+ * beside the algorithm, and changes nothing in it. Only some steps are shown: ppo_trace_shows. */
+struct PPOTrace {
+    bool is_wanted; /* this run writes the file */
+    const struct Scorer *scorer; /* NULL: the rollouts are stored ones */
+    size_t answers; /* how many of this step; 0: it is not shown */
+    const struct Rollout *rollouts; /* (answers) */
+    const float *scores; /* (answers) after ppo_process_scores */
+    const struct PPOBatch *batch; /* the whole step's */
+    size_t R, epochs; /* tokens of these answers; epochs so far */
+    float *logprobs; /* (epochs + 1, R) of the policy that wrote them, then after each epoch */
+    double advantage_mean, advantage_std; /* of the whole batch, before whitening */
+};
+
 /* PPO's own part of a trainer on rollouts.                      [glossary: Treinador PPO] */
 struct PPOTrainer {
     struct PPOConfig config;
@@ -8072,6 +8130,7 @@ struct PPOTrainer {
     size_t vector_count;
     float *advantages, *ratio; /* (ppo_epochs R) of each token in each update; NULL: not kept */
     size_t updated; /* how many of them are filled in */
+    struct PPOTrace trace;
 };
 
 enum Algorithm { ALGORITHM_PPO, ALGORITHM_REINFORCE };
@@ -8756,6 +8815,72 @@ static void ppo_keep_ratios(struct RolloutTrainer *trainer, const struct PPOToke
     }
 }
 
+/* ---- PPO, beside the step: some answers for trace.jsonl -------------------------------------- */
+
+/* A step is shown if it is the first or the last of the run, or one of TRACE_STEPS in all that are
+ * evenly spaced. Of each, as many answers as make TRACE_TOKENS tokens over all its epochs. With
+ * rlhf's defaults the file then has less than 2 MB. */
+enum { TRACE_STEPS = 13, TRACE_TOKENS = 640 };
+
+/* By hand: of 25 steps every second one, 0, 2 .. 24; of 13 or fewer each one.
+ *                                                                        test: ppo_trace_shows */
+static bool ppo_trace_shows(size_t step, size_t steps) {
+    /* with one interval to each pair of neighbours: does one begin here? */
+    size_t intervals = TRACE_STEPS - 1;
+    size_t last = MAX(steps, (size_t)2) - 1;
+    return step == 0 || step * intervals / last != (step - 1) * intervals / last;
+}
+
+/* Steps 1 to 4 of ppo_step are done: chooses the answers that are shown, and keeps what is known of
+ * them. All of it lies in the step's arena until the next step. */
+static void ppo_trace_begin(struct RolloutTrainer *trainer, const struct Rollout *rollouts,
+                            const struct PPOBatch *p, const float *scores) {
+    struct PPOTrace *trace = &trainer->ppo.trace;
+    size_t epochs = trainer->ppo.config.ppo_epochs;
+    trace->answers = 0;
+    if (!trace->is_wanted || !ppo_trace_shows(trainer->step, trainer->total_steps))
+        return;
+
+    /* 1. at least one answer, however long */
+    size_t n = 1;
+    while (n < p->B && p->start[n + 1] * epochs <= TRACE_TOKENS)
+        n++;
+    trace->answers = n;
+    trace->R = p->start[n];
+    trace->epochs = 0;
+    trace->rollouts = rollouts;
+    trace->scores = scores;
+    struct PPOBatch *kept = arena_alloc(&trainer->arena, 1, sizeof *kept);
+    *kept = *p;
+    trace->batch = kept;
+
+    /* 2. Before the first epoch the policy is the one that wrote them. */
+    trace->logprobs = arena_floats(&trainer->arena, (epochs + 1) * trace->R);
+    memcpy(trace->logprobs, p->logprobs, trace->R * sizeof *trace->logprobs);
+
+    /* 3. gae's advantages, which whitening has overwritten: each is return - value. A reader who
+     *    has only some of the answers needs the whole batch's mean and deviation. */
+    float *advantages = arena_floats(&trainer->arena, p->R);
+    for (size_t t = 0; t < p->R; t++)
+        advantages[t] = p->returns[t] - p->values[t];
+    trace->advantage_mean = mean_of(advantages, p->R);
+    trace->advantage_std = sqrt(unbiased_variance(advantages, p->R));
+}
+
+/* An epoch is done: what does the policy say of these answers now? */
+static void ppo_trace_epoch(struct RolloutTrainer *trainer) {
+    struct PPOTrace *trace = &trainer->ppo.trace;
+    if (trace->answers == 0)
+        return;
+    struct Arena arena = {0};
+    struct Example *examples = rollout_examples(&arena, trace->rollouts, trace->answers);
+    struct PPOForward *now = ppo_forward(trainer, &arena, examples, trace->answers, false);
+    trace->epochs++;
+    memcpy(trace->logprobs + trace->epochs * trace->R, now->head.logprob,
+           trace->R * sizeof *trace->logprobs);
+    arena_free(&arena);
+}
+
 /* ---- PPO, step 5: updates ------------------------------------------------------------------- */
 
 /* The tokens of some answers in one row: what was known of them when they were written, next to
@@ -8932,6 +9057,8 @@ static size_t ppo_optimize(struct RolloutTrainer *trainer, const struct Rollout 
             mini_batches += config->gradient_accumulation_steps;
         }
 
+        ppo_trace_epoch(trainer);
+
         /* 3. Has the policy moved too far from the one that wrote these answers to learn more from
          *    them? As in TRL, the last mini-batch decides. */
         if (config->early_stopping && stats[POLICY_POLICYKL] > 1.5 * config->target_kl)
@@ -9105,6 +9232,7 @@ static void ppo_step(struct RolloutTrainer *trainer, const struct Rollout *rollo
 
     /* 4. Which token earned it? Advantages for the policy, returns for the value head. */
     ppo_advantages(&trainer->ppo.config, &p);
+    ppo_trace_begin(trainer, rollouts, &p, scores);
     ppo_lap(&clock, LAP_ADVANTAGES);
 
     /* 5. Several epochs of updates on the same answers. Only here do weights move. */
@@ -9150,15 +9278,17 @@ static void rollout_checkpoint(struct Checkpoint *checkpoint, struct RolloutTrai
     checkpoint_add_random(checkpoint, "sample", &source->sample);
 }
 
-/* Each step adds one line to stats_all.jsonl and batch_size lines to rollouts.jsonl. They are
- * flushed, so that a run can be watched and a checkpoint knows how long they are. */
-static void rollout_write_logs(struct RolloutTrainer *trainer, struct Output logs[2],
+/* Each step adds one line to stats_all.jsonl, batch_size lines to rollouts.jsonl and, if it is
+ * shown, one line an epoch to trace.jsonl. They are flushed, so that a run can be watched and a
+ * checkpoint knows how long they are. */
+static void rollout_write_logs(struct RolloutTrainer *trainer, struct Output *logs,
                                const struct Rollout *rollouts, double rollout_seconds) {
     /* how long writing the answers took, only the caller knows */
     log_value(&trainer->stats, "time/ppo/rollout", rollout_seconds);
-    stats_write_line(logs[0].file, trainer);
-    rollouts_write(logs[1].file, rollouts, trainer->batch_size);
-    for (int i = 0; i < 2; i++)
+    stats_write_line(logs[LOG_STATS].file, trainer);
+    rollouts_write(logs[LOG_ROLLOUTS].file, rollouts, trainer->batch_size);
+    trace_write(logs[LOG_TRACE].file, trainer);
+    for (int i = 0; i < LOG_FILES; i++)
         output_flush(&logs[i]);
 }
 
@@ -9198,7 +9328,7 @@ static void rollout_count(const struct RolloutTrainer *trainer, struct TrainerSt
 }
 
 /* One step of the training: get rollouts, and learn from them.
- * in   logs: two files, or NULL       out  rollouts (batch_size), in `arena` */
+ * in   logs: the files of LOGS, or NULL       out  rollouts (batch_size), in `arena` */
 static void rollout_train_step(struct RolloutTrainer *trainer, struct RolloutSource *source,
                                struct Arena *arena, struct Output *logs, struct Rollout *rollouts) {
     double begin = seconds_now();
@@ -9225,13 +9355,13 @@ static void rollout_train_step(struct RolloutTrainer *trainer, struct RolloutSou
 }
 
 /* rollout_train -- the whole training, by PPO or REINFORCE.         [glossary: Treinador PPO]
- * in   source: where rollouts come from; steps: how many; log_dir: for stats_all.jsonl and
- *      rollouts.jsonl, or NULL                     out  the policy's weights; state, its history
+ * in   source: where rollouts come from; steps: how many; log_dir: for the
+ *      files of LOGS, or NULL                      out  the policy's weights; state, its history
  *                                                            test: ppo_replay, checkpoint_* */
 static void rollout_train(struct RolloutTrainer *trainer, struct RolloutSource *source,
                           size_t steps, const char *log_dir, struct TrainerState *state) {
     struct Arena arena = {0};
-    struct Output logs[2];
+    struct Output logs[LOG_FILES];
     /* epochs are counted in prompts, or in stored rollouts */
     size_t n = source->replay ? source->replay->n : source->n;
     state->max_steps = steps;
@@ -9241,12 +9371,14 @@ static void rollout_train(struct RolloutTrainer *trainer, struct RolloutSource *
     struct Checkpoint checkpoint =
         checkpoint_new(trainer->name, trainer->model, trainer->tok, &trainer->args, state);
 
-    /* The two logs grow with each step. A resumed run cuts them to their length at the checkpoint,
+    /* The logs grow with each step. A resumed run cuts them to their length at the checkpoint,
      * or the steps after it would be logged twice. */
     if (log_dir) {
         make_folder(log_dir);
         checkpoint.logs = logs;
         checkpoint.log_dir = log_dir;
+        trainer->ppo.trace.is_wanted = true;
+        trainer->ppo.trace.scorer = source->replay ? NULL : &source->scorer;
         checkpoint_add_sizes(&checkpoint, "log_bytes", checkpoint.log_bytes, COUNT(LOGS), SIZE_MAX);
     }
     rollout_checkpoint(&checkpoint, trainer, source);
@@ -9266,8 +9398,8 @@ static void rollout_train(struct RolloutTrainer *trainer, struct RolloutSource *
         checkpoint_step(&checkpoint);
     }
 
-    /* 5. the two logs are complete, and get their final names */
-    for (int i = 0; log_dir && i < 2; i++)
+    /* 5. the logs are complete, and get their final names */
+    for (int i = 0; log_dir && i < LOG_FILES; i++)
         output_close(&logs[i]);
     state->num_train_epochs = ceil(state->epoch);
     arena_free(&arena);
@@ -9842,6 +9974,37 @@ static struct ExactFigures exact_figures(const struct ExactWorld *w, const doubl
     return f;
 }
 
+/* best_of_n_kl -- how far the best of n answers is from the reference, at most, nats.
+ *   KL(pi_n || pi_ref) <= log n - (n - 1) / n
+ * It comes near the bound where every single answer is improbable, as those of a language model
+ * are. In a world of few answers the same one often wins, and the KL is smaller.
+ * By hand: n = 1: 0; n = 2: 0.6931 - 0.5 = 0.1931.                       test: exact_best_of_n */
+static double best_of_n_kl(size_t n) {
+    return log((double)n) - (double)(n - 1) / (double)n;
+}
+
+/* exact_best_of_n -- a policy without any training: the reference answers n times, and the answer
+ * with the highest reward counts.
+ *   pi_n(y) = F(y)^n - G(y)^n      F: probability of a reward of at most r(y), G: of a lower one
+ * for the best of n has at most this reward exactly if all n have.
+ * in   n: answers, of which one counts      out  logps (w->n): log pi_n(y)
+ * By hand: pi_ref = (1/4, 3/4), r = (1, 0), best of 2: 1 - (3/4)^2 = 7/16 and 9/16; its KL to the
+ * reference is 0.0830, best_of_n_kl 0.1931.
+ *                                                                        test: exact_best_of_n */
+static void exact_best_of_n(const struct ExactWorld *w, size_t n, double *logps) {
+    const double *ref_logps = w->logps[EXACT_REFERENCE];
+    for (size_t i = 0; i < w->n; i++) {
+        /* 1. the probability of a lower reward; rewards are drawn from N(0, 1), and no two agree */
+        double lower = 0;
+        for (size_t j = 0; j < w->n; j++)
+            lower += w->r[j] < w->r[i] ? exp(ref_logps[j]) : 0;
+
+        /* 2. all n have at most this reward, but not all a lower one */
+        double p = pow(lower + exp(ref_logps[i]), (double)n) - pow(lower, (double)n);
+        logps[i] = log(MAX(p, DBL_MIN));
+    }
+}
+
 /* exact_dpo_loss -- DPO's loss, expected over all pairs of answers.
  *                                                      [glossary: Solução em forma fechada]
  * Each of the n^2 ordered pairs is judged by someone whose preferences follow Bradley and Terry
@@ -10318,6 +10481,7 @@ struct Course {
     struct Scorer scorer;
     float *held_out_reward;
     struct PolicyResult result[3]; /* before, ppo, dpo */
+    float *best_of; /* (COURSE_BEST_OF) mean reward of the best of 1, 2, 4 .. answers, at n - 1 */
     double eval_loss_before, eval_loss_after, eval_accuracy;
 };
 
@@ -10330,6 +10494,8 @@ enum {
     COURSE_POSITIONS = 64, /* the context where the texts are sentences, */
     COURSE_LONG_POSITIONS = 256, /* and where they are whole reviews */
     COURSE_TEST_PROMPTS = 256,
+    COURSE_FEW_PROMPTS = 64, /* of these, for measurements on the way */
+    COURSE_BEST_OF = 16, /* answers to a prompt, of which the best counts */
     COURSE_MAX_NEW = 28, /* tokens of an answer in an examination */
     COURSE_LEAST_LENGTH = 10, /* an answer that ends with fewer tokens is penalized */
     COURSE_PREFIX = 20, /* tokens of the beginnings by which rewards are scaled: course_scorer */
@@ -10657,6 +10823,68 @@ static size_t course_collect(struct Course *course, size_t n, struct Example *pa
     return count;
 }
 
+/* The examination that policies sit, with the first n of its prompts. */
+static struct Examination course_examination(const struct Course *course, size_t n) {
+    return (struct Examination){
+        .ref_model = course->language_model,
+        .scorer = &course->scorer,
+        .prompts = course->test_prompts,
+        .n = MIN(n, course->test_n),
+        .generation = course_generation(course, COURSE_MAX_NEW),
+        .seed = course->seed + 1, /* not the random numbers used in training */
+    };
+}
+
+/* best_of_n -- the mean reward of the best of n answers to one prompt.
+ * in   reward (count): answers to the same prompt side by side, a multiple of n of them. Groups of
+ *      n are disjoint, so each answer is used once.
+ * By hand: rewards 1, 3, 2, 0: best of 1: 1.5; of 2: (3 + 2) / 2; of 4: 3.    test: best_of_n */
+static float best_of_n(const float *reward, size_t count, size_t n) {
+    double sum = 0;
+    for (size_t first = 0; first + n <= count; first += n) {
+        float best = reward[first];
+        for (size_t i = first; i < first + n; i++)
+            best = MAX(best, reward[i]);
+        sum += best;
+    }
+    return (float)(sum / (double)(count / n));
+}
+
+/* How much reward is to be had without any training? The language model answers each prompt
+ * COURSE_BEST_OF times, and the best of n answers counts. */
+static void course_best_of_n(struct Course *course) {
+    struct Arena arena = {0};
+    struct Examination exam = course_examination(course, COURSE_FEW_PROMPTS);
+
+    /* 1. each prompt COURSE_BEST_OF times in a row */
+    struct Example *prompts = arena_alloc(&arena, exam.n * COURSE_BEST_OF, sizeof *prompts);
+    for (size_t i = 0; i < exam.n * COURSE_BEST_OF; i++)
+        prompts[i] = exam.prompts[i / COURSE_BEST_OF];
+    exam.prompts = prompts;
+    exam.n *= COURSE_BEST_OF;
+
+    /* 2. Their rewards. The KL need not be measured: best_of_n_kl bounds it. */
+    exam.ref_model = NULL;
+    struct PolicyResult result = policy_measure(course->language_model, &exam, &arena);
+    course->best_of = arena_floats(&course->arena, COURSE_BEST_OF);
+    for (size_t n = 1; n <= COURSE_BEST_OF; n *= 2)
+        course->best_of[n - 1] = best_of_n(result.reward, exam.n, n);
+    arena_free(&arena);
+}
+
+/* DPO on its way: what has it gained so far, and at what cost? */
+static void course_measure(struct Trainer *trainer) {
+    struct Arena arena = {0};
+    struct Examination exam = course_examination(trainer->task.measure_data, COURSE_FEW_PROMPTS);
+    struct PolicyResult result = policy_measure(trainer->model, &exam, &arena);
+    struct LogEntry *entry = state_log(&trainer->state);
+    log_value(entry, "eval_reward", result.mean_reward);
+    log_value(entry, "eval_kl", result.kl);
+    log_value(entry, "epoch", trainer->state.epoch);
+    log_value(entry, "step", (double)trainer->state.global_step);
+    arena_free(&arena);
+}
+
 /* Stage 4: DPO.                     [glossary: Otimização de preferência direta (DPO)] */
 static void course_dpo(struct Course *course) {
     enum { PAIRS_A_STEP = 16 };
@@ -10678,6 +10906,10 @@ static void course_dpo(struct Course *course) {
     dpo_task(&trainer, &course->arena, course->language_model, config, course->temperature, pairs,
              count);
     trainer.task.name = "4/4 dpo";
+    /* 3. measured on its way, so that reward and KL can be seen beside those of PPO's steps */
+    trainer.task.measure = course_measure;
+    trainer.task.measure_data = course;
+    trainer.args.eval_steps = MAX((size_t)1, course->dpo_steps / 6);
     if (course->dpo_steps)
         trainer_train(&trainer);
     course_finish(course, "dpo", &trainer);
@@ -10714,23 +10946,19 @@ static void course_run(struct Course *course, const struct Dataset *data,
     struct GPT2 **const policy[] = {&course->language_model, &course->ppo, &course->dpo};
     for (size_t k = 0; k < COUNT(stage); k++) {
         stage[k](course);
-        struct Examination exam = {
-            .ref_model = course->language_model,
-            .scorer = &course->scorer,
-            .prompts = course->test_prompts,
-            .n = course->test_n,
-            .generation = course_generation(course, COURSE_MAX_NEW),
-            .seed = course->seed + 1, /* not the random numbers used in training */
-        };
+        struct Examination exam = course_examination(course, course->test_n);
         course->result[k] = policy_measure(*policy[k], &exam, &course->arena);
     }
 
-    /* 3. What came of it: chapter 26. */
+    /* 3. What would the best of n of its answers have reached, without PPO and DPO? */
+    course_best_of_n(course);
+
+    /* 4. What came of it: chapter 26. */
     course_write(course, seconds_now() - begin);
     report_at_end(&course->arena, course->output_dir);
     course_print(course);
 
-    /* 4. The arena is freed last: everything above points into it. */
+    /* 5. The arena is freed last: everything above points into it. */
     for (size_t k = 0; k < COUNT(policy); k++)
         gpt2_free(*policy[k]);
     gpt2_free(course->reward_model);
@@ -16335,6 +16563,139 @@ static void stats_write_line(FILE *file, const struct RolloutTrainer *trainer) {
     fputs("}\n", file);
 }
 
+/* trace.jsonl's first line: what was run, with which settings. */
+static void trace_write_header(FILE *file, const struct RolloutTrainer *trainer) {
+    const struct PPOConfig *c = &trainer->ppo.config;
+    fprintf(file,
+            "{\"type\": \"header\", \"algorithm\": \"ppo\", \"totalSteps\": %zu, \"hparams\": "
+            "{\"ppo_epochs\": %zu, \"batch_size\": %zu, \"group_size\": 1, \"gamma\": %.9g, "
+            "\"gae_lambda\": %.9g, \"clip_eps\": %.9g, \"vf_coef\": %.9g, \"kl_coef\": %.9g, "
+            "\"learning_rate\": %.9g, \"temperature\": %.9g, \"whiten_rewards\": %s}}\n",
+            trainer->total_steps, c->ppo_epochs, c->batch_size, c->gamma, c->lam, c->cliprange,
+            c->vf_coef, c->init_kl_coef, trainer->args.learning_rate, trainer->temperature,
+            c->whiten_rewards ? "true" : "false");
+}
+
+/* The numbers of a step, under the names that unipo knows. */
+static void trace_write_metrics(FILE *file, const struct RolloutTrainer *trainer) {
+    static const char *const names[][2] = {
+        {"reward", "env/reward_mean"},
+        {"kl", "objective/kl"},
+        {"kl_coef", "objective/kl_coef"},
+        {"policy_loss", "ppo/loss/policy"},
+        {"value_loss", "ppo/loss/value"},
+        {"entropy", "ppo/policy/entropy"},
+        {"clip_fraction", "ppo/policy/clipfrac"},
+    };
+    const struct PPOTrace *trace = &trainer->ppo.trace;
+    double value;
+    log_find(&trainer->stats, "ppo/loss/policy", &value);
+    fprintf(file, "\"metrics\": {\"policy_objective\": %s", json_number_text(-value));
+    for (size_t i = 0; i < COUNT(names); i++) {
+        log_find(&trainer->stats, names[i][1], &value);
+        fprintf(file, ", \"%s\": %s", names[i][0], json_number_text(value));
+    }
+    fprintf(file, ", \"advantage_mean\": %s, \"advantage_std\": %s}",
+            json_number_text(trace->advantage_mean), json_number_text(trace->advantage_std));
+}
+
+/* The numbers of an answer's tokens, n from `start` on in the batch, in one epoch. */
+static void trace_write_tokens(FILE *file, const struct RolloutTrainer *trainer, size_t start,
+                               size_t n, size_t epoch) {
+    const struct PPOTrace *trace = &trainer->ppo.trace;
+    const struct PPOBatch *p = trace->batch;
+    const float *logprobs = trace->logprobs + epoch * trace->R;
+    struct Arena arena = {0};
+    /* what the epoch raises: minus PPO's loss */
+    float *objective = arena_floats(&arena, trace->R);
+    for (size_t t = start; t < start + n; t++)
+        objective[t] = -(float)ppo_token_loss(p->logprobs[t], logprobs[t], p->advantages[t],
+                                              trainer->ppo.config.cliprange)
+                            .loss;
+    const struct {
+        const char *name;
+        const float *x;
+    } columns[] = {
+        {"log_probs", logprobs},        {"new_log_probs", logprobs + trace->R},
+        {"old_log_probs", p->logprobs}, {"ref_log_probs", p->ref_logprobs},
+        {"values", p->values},          {"advantages", p->advantages},
+        {"returns", p->returns},        {"token_kl", p->kl},
+        {"rewards", p->rewards},        {"token_objective", objective},
+    };
+    for (size_t i = 0; i < COUNT(columns); i++) {
+        fprintf(file, ", \"%s\": ", columns[i].name);
+        json_write_floats(file, "", columns[i].x + start, n);
+    }
+    arena_free(&arena);
+}
+
+/* One answer in one epoch. */
+static void trace_write_answer(FILE *file, const struct RolloutTrainer *trainer, size_t b,
+                               size_t epoch) {
+    const struct PPOTrace *trace = &trainer->ppo.trace;
+    const struct GPT2Config *config = &trainer->model->config;
+    const struct Example *e = &trace->rollouts[b].example;
+    struct Arena arena = {0};
+    size_t start = trace->batch->start[b];
+    size_t n = trace->batch->start[b + 1] - start;
+    const int *ids = e->ids + e->prompt_length;
+
+    /* 1. the answer as a whole: prompt and text, its score as it was given and as it was used */
+    json_write_string(file, b ? ", {\"prompt\": " : "{\"prompt\": ",
+                      tokenizer_decode_all(trainer->tok, &arena, e->ids, e->prompt_length,
+                                           config->vocab_size));
+    fprintf(file,
+            ", \"responses\": [{\"id\": \"step%zu_answer%zu\", \"reward\": %s, \"score\": %s, ",
+            trainer->step, b, json_number_text(trace->rollouts[b].score),
+            json_number_text(trace->scores[b]));
+    fprintf(file, "\"advantage\": %s, ",
+            json_number_text(mean_of(trace->batch->advantages + start, n)));
+    json_write_string(file, "\"response_text\": ", answer_text(trainer->tok, &arena, e, config));
+    fprintf(file, ", \"response_length\": %zu, ", n);
+
+    /* 2. once a step: what the judge thought on the way */
+    if (epoch == 0 && trace->scorer) {
+        float *score = arena_floats(&arena, n + 1);
+        scorer_prefixes(trace->scorer, &arena, e, config, score);
+        json_write_floats(file, "\"prefix_rewards\": ", score, n + 1);
+        fputs(", ", file);
+    }
+
+    /* 3. token by token */
+    json_write_ids(file, "\"tokens\": {\"ids\": ", ids, n);
+    for (size_t t = 0; t < n; t++)
+        json_write_string(file, t ? ", " : ", \"strings\": [",
+                          tokenizer_decode(trainer->tok, ids[t], config->vocab_size));
+    fputc(']', file);
+    trace_write_tokens(file, trainer, start, n, epoch);
+    fputs("}}]}", file);
+    arena_free(&arena);
+}
+
+/* The lines of a step in trace.jsonl, one an epoch, in the form that poloclub/unipo's viewer reads
+ * (its docs/canonical_schema.json, as JSON lines). It wants an entry for each update: `step` counts
+ * epochs over the whole run, ppo_step says which step of PPO they belong to.   test: ppo_trace */
+static void trace_write(FILE *file, const struct RolloutTrainer *trainer) {
+    const struct PPOTrace *trace = &trainer->ppo.trace;
+    if (trace->answers == 0)
+        return;
+    /* a log of earlier steps, which a resumed run has kept, has its header already */
+    if (ftello(file) == 0)
+        trace_write_header(file, trainer);
+    for (size_t epoch = 0; epoch < trace->epochs; epoch++) {
+        fprintf(file,
+                "{\"type\": \"step\", \"step\": %zu, \"ppo_step\": %zu, "
+                "\"is_first_step_after_rollout_phase\": %s, ",
+                (trainer->step - 1) * trainer->ppo.config.ppo_epochs + epoch, trainer->step,
+                epoch == 0 ? "true" : "false");
+        trace_write_metrics(file, trainer);
+        fputs(", \"prompts\": [", file);
+        for (size_t b = 0; b < trace->answers; b++)
+            trace_write_answer(file, trainer, b, epoch);
+        fputs("]}\n", file);
+    }
+}
+
 /* rollouts.jsonl: what --rollouts replays. */
 static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n) {
     for (size_t i = 0; i < n; i++) {
@@ -16372,6 +16733,21 @@ static void exact_print_row(const char *name, struct ExactFigures f, double ref,
            f.objective, 100 * (f.objective - ref) / (max - ref));
 }
 
+/* Prints what the best of n answers reaches, the bound of its KL last. */
+static void exact_print_best(const struct ExactWorld *w, double ref, double max) {
+    struct Arena arena = {0};
+    double *logps = arena_alloc(&arena, w->n, sizeof *logps);
+    for (size_t n = 2; n <= 16; n *= 2) {
+        exact_best_of_n(w, n, logps);
+        exact_print_row(arena_printf(&arena, "best of %zu", n), exact_figures(w, logps), ref, max);
+    }
+    printf("\nThe KL of the best of n is at most log n - (n - 1) / n:");
+    for (size_t n = 2; n <= 16; n *= 2)
+        printf(" %.4f", best_of_n_kl(n));
+    putchar('\n');
+    arena_free(&arena);
+}
+
 /* Prints the exact world's closed form, and what each training reached, as JSON or as a table. */
 static void exact_print(const struct ExactWorld *w, bool json) {
     double ref = exact_figures(w, w->logps[EXACT_REFERENCE]).objective;
@@ -16394,8 +16770,11 @@ static void exact_print(const struct ExactWorld *w, bool json) {
         else
             exact_print_row(EXACT[k].name, f, ref, max);
     }
-    if (json)
+    if (json) {
         puts("}");
+        return;
+    }
+    exact_print_best(w, ref, max);
 }
 
 /* From chapter 27: a file that ships with the program, or NULL. */
@@ -16413,6 +16792,8 @@ static const char *const REPORT_FILE[] = {
     "reward_model/trainer_state.json",
     "ppo/trainer_state.json",
     "dpo/trainer_state.json",
+    "trace.jsonl",
+    "ppo/trace.jsonl",
 };
 
 /* ---- The report ----------------------------------------------------------------------------- */
@@ -16433,51 +16814,219 @@ static void report_write_json(FILE *file, struct Text json) {
     }
 }
 
+/* Writes a text into a page: no character in it is markup, or steers a screen. */
+static void report_write_text(FILE *file, struct Text text) {
+    while (text.length > 0) {
+        char bytes[4];
+        uint32_t c = text_take(&text);
+        bool turns = (c >= 0x202a && c <= 0x202e) || (c >= 0x2066 && c <= 0x2069);
+        if (c == '<' || c == '>' || c == '&')
+            fprintf(file, "&#%u;", (unsigned)c);
+        else
+            fwrite(bytes, 1, utf8_write(bytes, is_control(c) || turns ? ' ' : c), file);
+    }
+}
+
+static void report_write_plain(FILE *file, const struct Json *json);
+
+/* An object, as a table: a row for each member. */
+static void report_write_object(FILE *file, const struct Json *object) {
+    fputs("<table>", file);
+    for (const struct Json *item = object->child; item; item = item->next) {
+        fputs("<tr><th>", file);
+        report_write_text(file, item->key);
+        fputs("</th><td>", file);
+        report_write_plain(file, item);
+        fputs("</td></tr>\n", file);
+    }
+    fputs("</table>\n", file);
+}
+
+/* A list of objects, as a table: a row for each, a column for each name that occurs. */
+static void report_write_rows(FILE *file, const struct Json *list) {
+    const struct Json *column[64]; /* the first member of each name */
+    size_t n = 0;
+    for (const struct Json *row = list->child; row; row = row->next) {
+        if (row->type != JSON_OBJECT)
+            continue;
+        for (const struct Json *item = row->child; item && n < COUNT(column); item = item->next) {
+            size_t k = 0;
+            while (k < n && !text_equal(column[k]->key, item->key))
+                k++;
+            column[n] = item;
+            n += k == n;
+        }
+    }
+    fputs("<table><tr>", file);
+    for (size_t k = 0; k < n; k++) {
+        fputs("<th>", file);
+        report_write_text(file, column[k]->key);
+        fputs("</th>", file);
+    }
+    for (const struct Json *row = list->child; row; row = row->next) {
+        fputs("</tr>\n<tr>", file);
+        for (size_t k = 0; k < n; k++) {
+            const struct Json *item =
+                row->type == JSON_OBJECT ? json_get(row, column[k]->key.data) : NULL;
+            fputs("<td>", file);
+            if (item)
+                report_write_plain(file, item);
+            fputs("</td>", file);
+        }
+    }
+    fputs("</tr></table>\n", file);
+}
+
+/* Any JSON, for a reader without scripts; of a list, numbers are divided by commas, and texts, the
+ * tokens of an answer, are written one after another. */
+static void report_write_plain(FILE *file, const struct Json *json) {
+    bool is_list = json->type == JSON_ARRAY;
+    if (json->type == JSON_STRING)
+        report_write_text(file, json->string);
+    else if (json->type == JSON_NUMBER)
+        fprintf(file, "%.6g", json->number);
+    else if (json->type == JSON_OBJECT)
+        report_write_object(file, json);
+    else if (is_list && json->child && json->child->type == JSON_OBJECT)
+        report_write_rows(file, json);
+    else
+        for (const struct Json *item = json->child; item; item = item->next) {
+            report_write_plain(file, item);
+            if (item->next && item->type == JSON_NUMBER)
+                fputs(", ", file);
+        }
+}
+
+/* A file of a run: its text, and what it says; a log of JSON lines has its text alone. */
+struct ReportFile {
+    const char *name;
+    struct Text text;
+    const struct Json *json;
+};
+
+/* The next line of a file of JSON lines, taken off its text; empty lines are skipped. */
+static bool report_line(struct Text *file, struct Text *line) {
+    while (file->length > 0) {
+        const char *end = memchr(file->data, '\n', file->length);
+        size_t length = end ? (size_t)(end - file->data) : file->length;
+        *line = (struct Text){file->data, length};
+        file->data += MIN(length + 1, file->length);
+        file->length -= MIN(length + 1, file->length);
+        if (length > 0)
+            return true;
+    }
+    return false;
+}
+
+/* Reads a file. It must be one JSON object, and each line of a file of JSON lines must be one: a
+ * broken one would make the page unreadable. */
+static struct ReportFile report_read(struct Arena *arena, const char *dir, const char *name) {
+    const char *path = arena_printf(arena, "%s/%s", dir, name);
+    struct ReportFile file = {.name = name};
+    if (!file_exists(path))
+        return file;
+    file.text = text_without_mark(read_file(arena, path));
+    if (!strstr(name, ".jsonl")) {
+        file.json = json_object(arena, file.text, path, "");
+        return file;
+    }
+    struct Text line;
+    struct Text text = file.text;
+    for (size_t number = 1; report_line(&text, &line); number++)
+        json_object(arena, line, path, arena_printf(arena, ":%zu", number));
+    return file;
+}
+
+/* Writes the run's files for the page's script: one JSON object, each file under its name, JSON
+ * lines as a list. */
+static void report_write_data(FILE *out, const struct ReportFile *file, size_t n) {
+    const char *before = "{";
+    for (size_t i = 0; i < n; i++) {
+        struct Text text = file[i].text;
+        struct Text line;
+        if (!text.data)
+            continue;
+        fprintf(out, "%s\"%s\": ", before, file[i].name);
+        before = ",\n";
+        if (file[i].json) {
+            report_write_json(out, text);
+            continue;
+        }
+        fputc('[', out);
+        for (const char *comma = ""; report_line(&text, &line); comma = ",\n") {
+            fputs(comma, out);
+            report_write_json(out, line);
+        }
+        fputc(']', out);
+    }
+    fputc('}', out);
+}
+
+/* Writes them for a reader without scripts: the report's tables, then each log's. */
+static void report_write_tables(FILE *out, const struct ReportFile *file, size_t n) {
+    for (size_t i = 0; i < n; i++) {
+        if (!file[i].json)
+            continue;
+        const struct Json *log = json_get(file[i].json, "log_history");
+        fprintf(out, "<h2>%s</h2>\n", file[i].name);
+        report_write_plain(out, log ? log : file[i].json);
+    }
+}
+
+/* A place in the page: what stands between two tags, and is replaced. */
+struct ReportPlace {
+    const char *begin, *end;
+    const char *fault; /* NULL, or what is wrong with the page */
+};
+
+/* Finds it in the page's text from `from` on. */
+static struct ReportPlace report_place(struct Arena *arena, const char *path, const char *from,
+                                       const char *mark, const char *close) {
+    const char *begin = strstr(from, mark);
+    const char *end = begin ? strstr(begin, close) : NULL;
+    if (!end)
+        return (struct ReportPlace){
+            .fault = arena_printf(arena, "%s: no place for a run (%s%s)", path, mark, close)};
+    return (struct ReportPlace){begin + strlen(mark), end, NULL};
+}
+
 /* report_write -- makes DIR/report.html: the page that ships with the program, with a JSON object
- * inserted that holds each file of the run under its path. The page needs no other file and no
- * network, so years later it still looks the same. Returns NULL, or what is wrong with the page.
- *                                                                           test: report_page */
+ * inserted that holds each file of the run under its path, and the same as tables for a reader
+ * without scripts. The page needs no other file and no network, so years later it still looks the
+ * same. Returns NULL, or what is wrong with the page.                       test: report_page */
 static const char *report_write(struct Arena *arena, const char *dir, const char *page_path) {
-    static const char mark[] = "<script type=\"application/json\" id=\"run\">";
-    struct Text file[COUNT(REPORT_FILE)] = {0};
+    struct ReportFile file[COUNT(REPORT_FILE)];
     bool any_log = false;
 
-    /* 1. The page, and the place in it for a run. If there is one already, it is replaced. */
+    /* 1. The page, and the two places in it for a run. If there is one already, it is replaced. */
     if (!page_path)
         return "docs/report.html is neither beside the program nor in the current folder";
     struct Text page = read_file(arena, page_path);
-    const char *place = strstr(page.data, mark);
-    const char *rest = place ? strstr(place, "</script>") : NULL;
-    if (!rest)
-        return arena_printf(arena, "%s: no place for a run (%s</script>)", page_path, mark);
-    place += strlen(mark);
+    struct ReportPlace plain =
+        report_place(arena, page_path, page.data, "<div id=\"plain\">", "</div>");
+    if (plain.fault)
+        return plain.fault;
+    struct ReportPlace data =
+        report_place(arena, page_path, plain.end, "<script type=\"application/json\" id=\"run\">",
+                     "</script>");
+    if (data.fault)
+        return data.fault;
 
-    /* 2. The files. Each must be one JSON object: a broken one would make all unreadable. */
+    /* 2. the files */
     for (size_t i = 0; i < COUNT(file); i++) {
-        const char *path = arena_printf(arena, "%s/%s", dir, REPORT_FILE[i]);
-        if (!file_exists(path))
-            continue;
-        struct Text text = read_file(arena, path);
-        struct Json *json = json_object(arena, text, path, "");
-        any_log = any_log || json_get(json, "log_history");
-        file[i] = text_without_mark(text);
+        file[i] = report_read(arena, dir, REPORT_FILE[i]);
+        any_log = any_log || (file[i].json && json_get(file[i].json, "log_history"));
     }
     CHECK(any_log, "%s: no log of a run there (trainer_state.json); give the --output_dir of one",
           dir);
 
-    /* 3. Write the page up to that place, the object, and the rest of the page. */
+    /* 3. The page up to each place, what belongs there, and the rest. */
     struct Output out = output_open(dir, "report.html");
-    const char *before = "{";
-    fwrite(page.data, 1, (size_t)(place - page.data), out.file);
-    for (size_t i = 0; i < COUNT(file); i++) {
-        if (!file[i].data)
-            continue;
-        fprintf(out.file, "%s\"%s\": ", before, REPORT_FILE[i]);
-        report_write_json(out.file, file[i]);
-        before = ",\n";
-    }
-    fputc('}', out.file);
-    fwrite(rest, 1, page.length - (size_t)(rest - page.data), out.file);
+    fwrite(page.data, 1, (size_t)(plain.begin - page.data), out.file);
+    report_write_tables(out.file, file, COUNT(file));
+    fwrite(plain.end, 1, (size_t)(data.begin - plain.end), out.file);
+    report_write_data(out.file, file, COUNT(file));
+    fwrite(data.end, 1, page.length - (size_t)(data.end - page.data), out.file);
     output_close(&out);
     return NULL;
 }
@@ -16613,7 +17162,14 @@ static void course_write_report(struct Course *course, double seconds) {
     course_write_reviews(course, out.file, ",\n\"disliked\": ", false);
     course_write_reviews(course, out.file, ",\n\"liked\": ", true);
 
-    /* 3. A few answers, token by token. */
+    /* 3. The language model's best of n, where training begins to pay. */
+    for (size_t n = 1; n <= COURSE_BEST_OF; n *= 2)
+        fprintf(out.file, "%s{\"n\": %zu, \"reward\": %s, \"kl\": %s}",
+                n == 1 ? ",\n\"best_of_n\": [" : ", ", n, json_number_text(course->best_of[n - 1]),
+                json_number_text(best_of_n_kl(n)));
+    fputc(']', out.file);
+
+    /* 4. A few answers, token by token. */
     for (size_t i = 0; i < MIN(course->test_n, (size_t)8); i++) {
         fputs(i ? ",\n" : ",\n\"samples\": [\n", out.file);
         course_write_sample(course, out.file, i, true);

@@ -5315,6 +5315,151 @@ static void test_scorer_scale(void) {
     expect_close("long enough", scorer_scale(&scorer, &ended, &policy, 3.5f), 3, 0);
 }
 
+/* With 25 steps every second one is shown, with 13 each; always the first and the last. */
+static void test_ppo_trace_shows(void) {
+    for (size_t step = 0; step < 25; step++)
+        expect_count("of 25", ppo_trace_shows(step, 25), step % 2 == 0);
+    for (size_t steps = 1; steps <= 200; steps++) {
+        size_t shown = 0;
+        for (size_t step = 0; step < steps; step++)
+            shown += ppo_trace_shows(step, steps);
+        expect_count("how many", shown, MIN(steps, (size_t)13));
+        expect_true("the first", ppo_trace_shows(0, steps));
+        expect_true("the last", ppo_trace_shows(steps - 1, steps));
+    }
+}
+
+/* The judge's opinion after each token. A causal model's hidden state at a token has seen that
+ * token and those before it, never later ones: the head, read at each, gives all in one pass. */
+static void test_scorer_prefixes(void) {
+    struct GPT2 *judge = random_model(300, 14, 8, 2, 2);
+    tensor_normal(reward_head_declare(judge), &test_rng, 1);
+    struct Scorer scorer = {judge, tokenizer, 0.1, 0.5, 99, -2};
+    struct GPT2Config policy = {.vocab_size = 300, .eos_token_id = 299};
+    struct Example e = example_encode(&test_arena, tokenizer, text_of("abc de fgh"), 300, NULL);
+    float scores[16], reward[16];
+    int row[16];
+    for (int t = 0; t < 16; t++)
+        row[t] = t;
+    struct Batch batch = collate(&test_arena, &e, 1, READ_LAST);
+    struct Activations acts = gpt2_forward(judge, &test_arena, &batch, false);
+    scalar_head_forward(reward, acts.ln_f, row, e.n, &judge->score, NULL);
+    e.prompt_length = 2;
+    scorer_prefixes(&scorer, &test_arena, &e, &policy, scores);
+    for (size_t n = e.prompt_length; n <= e.n; n++)
+        expect_close("a beginning", scores[n - 2], (reward[n - 1] - 0.1) / 0.5, 1e-5);
+    expect_true("they differ", fabsf(scores[0] - scores[1]) > 1e-3f);
+
+    /* Of 64 beginnings every third is read, and the whole answer. */
+    float many[64];
+    e.ids = arena_zeros(&test_arena, 64, sizeof(int));
+    for (int t = 0; t < 64; t++)
+        e.ids[t] = 'a' + t % 7;
+    e.n = 64;
+    e.prompt_length = 1;
+    scorer_prefixes(&scorer, &test_arena, &e, &policy, many);
+    size_t read = 0;
+    for (int t = 0; t < 64; t++)
+        read += isfinite(many[t]) != 0;
+    expect_count("how many are read", read, 22);
+    expect_true("the first and the last", isfinite(many[0]) && isfinite(many[63]));
+}
+
+/* Number t of a list of trace.jsonl. */
+static double trace_number(const struct Json *tokens, const char *name, size_t t) {
+    struct Json *item = json_get(tokens, name)->child;
+    while (t-- > 0)
+        item = item->next;
+    return item->number;
+}
+
+/* What an answer's tokens must be: the rewards are -beta kl and the score, advantages and returns
+ * those of the recursion, whitened by the mean and deviation that are given. */
+static void expect_trace_answer(struct Json *entry, struct Json *response, double beta) {
+    struct Json *metrics = json_get(entry, "metrics");
+    struct Json *tokens = json_get(response, "tokens");
+    double mean = json_get(metrics, "advantage_mean")->number;
+    double std = json_get(metrics, "advantage_std")->number;
+    size_t n = json_count(json_get(tokens, "ids"));
+    double advantage = 0;
+    double next_value = 0;
+    expect_count("its length", (size_t)json_get(response, "response_length")->number, n);
+    expect_count("strings", json_count(json_get(tokens, "strings")), n);
+    for (size_t t = n; t-- > 0;) {
+        double old = trace_number(tokens, "old_log_probs", t);
+        double kl = old - trace_number(tokens, "ref_log_probs", t);
+        double reward = -beta * kl + (t == n - 1 ? json_get(response, "score")->number : 0);
+        double value = trace_number(tokens, "values", t);
+        expect_close("kl", trace_number(tokens, "token_kl", t), kl, 1e-5);
+        expect_close("reward", trace_number(tokens, "rewards", t), reward, 1e-5);
+        advantage = reward + next_value - value + 0.95 * advantage;
+        next_value = value;
+        double whitened = (advantage - mean) / std;
+        double A = trace_number(tokens, "advantages", t);
+        expect_close("return", trace_number(tokens, "returns", t), advantage + value, 1e-5);
+        expect_close("whitened advantage", A, whitened, 1e-4);
+        double ratio = exp(trace_number(tokens, "log_probs", t) - old);
+        double objective = MIN(A * ratio, A * MAX(0.8, MIN(1.2, ratio)));
+        expect_close("objective", trace_number(tokens, "token_objective", t), objective, 1e-5);
+    }
+}
+
+/* The file of a step, read back: numbers that belong together, ratios that begin at 1 and go on
+ * where the epoch before ended; the last of them is what the policy says afterwards. A step that is
+ * not shown writes nothing. */
+static void test_ppo_trace(void) {
+    struct Rollout rollouts[4];
+    struct PPOConfig config = ppo_config();
+    config.mini_batch_size = 2;
+    struct RolloutTrainer *ppo = ppo_of(config, 0.01, rollouts);
+    ppo->tok = tokenizer;
+    ppo->ppo.trace.is_wanted = true;
+    ppo->total_steps = 100;
+    FILE *file = fopen(temporary("trace.jsonl"), "w+b");
+    ppo_step(ppo, rollouts);
+    trace_write(file, ppo);
+    float after[24];
+    memcpy(after, ppo_evaluate_rollouts(ppo, rollouts).logprobs, sizeof after);
+    ppo_step(ppo, rollouts);
+    trace_write(file, ppo);
+    rewind(file);
+    char *line = NULL;
+    size_t room = 0;
+    size_t lines = 0;
+    double before[24];
+    for (; getline(&line, &room, file) > 0; lines++) {
+        const char *error;
+        struct Json *entry = parse(line, &error);
+        if (lines == 0) {
+            double lam = json_get(json_get(entry, "hparams"), "gae_lambda")->number;
+            expect_close("lambda", lam, 0.95, 0);
+            continue;
+        }
+        bool first = json_type(entry, "is_first_step_after_rollout_phase") == JSON_TRUE;
+        expect_true("the first has ratio 1", first == (lines == 1));
+        expect_count("epoch", (size_t)json_get(entry, "step")->number, lines - 1);
+        size_t all = 0;
+        for (struct Json *p = json_get(entry, "prompts")->child; p; p = p->next) {
+            struct Json *response = json_get(p, "responses")->child;
+            struct Json *tokens = json_get(response, "tokens");
+            expect_trace_answer(entry, response, 0.2);
+            for (size_t t = 0; t < json_count(json_get(tokens, "ids")); t++, all++) {
+                const char *was = lines == 1 ? "old_log_probs" : "log_probs";
+                double want = lines == 1 ? trace_number(tokens, was, t) : before[all];
+                expect_close("where it was", trace_number(tokens, "log_probs", t), want, 1e-7);
+                before[all] = trace_number(tokens, "new_log_probs", t);
+            }
+        }
+        expect_count("tokens", all, 24);
+    }
+    expect_count("a header and four epochs of the first step", lines, 5);
+    for (size_t i = 0; i < 24; i++)
+        expect_close("what the policy says afterwards", before[i], after[i], 1e-5);
+    free(line);
+    fclose(file);
+    rollout_trainer_free(ppo);
+}
+
 /* =============================================================================================
  * Chapter 18 - DPO, collected preferences
  *
@@ -5549,6 +5694,45 @@ static void test_exact_figures(void) {
     expect_close("E[r]", f.reward, 1.5, 1e-12);
     expect_close("KL", f.kl, 0.1308, 1e-4);
     expect_close("J", f.objective, 1.4346, 1e-4);
+}
+
+/* By hand, and against all 27 triples of answers. Its KL stays below the bound. */
+static void test_exact_best_of_n(void) {
+    double ref[] = {log(0.25), log(0.75), 0};
+    double logps[3];
+    struct ExactWorld w = {.n = 2, .r = (double[]){1, 0}, .beta = 1, .logps = {ref, ref}};
+    exact_best_of_n(&w, 2, logps);
+    expect_close("the better of two", exp(logps[0]), 7 / 16.0, 1e-12);
+    expect_close("the worse", exp(logps[1]), 9 / 16.0, 1e-12);
+    expect_close("its KL", exact_figures(&w, logps).kl, 0.0830, 1e-4);
+    expect_close("at most", best_of_n_kl(2), 0.1931, 1e-4);
+    expect_close("one answer", best_of_n_kl(1), 0, 0);
+
+    double p[] = {0.2, 0.3, 0.5};
+    double want[3] = {0};
+    w.n = 3;
+    w.r = (double[]){0.4, -1, 2};
+    for (int i = 0; i < 3; i++)
+        ref[i] = log(p[i]);
+    for (int t = 0; t < 27; t++) {
+        int y[] = {t / 9, t / 3 % 3, t % 3};
+        int best = w.r[y[1]] > w.r[y[0]] ? y[1] : y[0];
+        best = w.r[y[2]] > w.r[best] ? y[2] : best;
+        want[best] += p[y[0]] * p[y[1]] * p[y[2]];
+    }
+    exact_best_of_n(&w, 3, logps);
+    for (int i = 0; i < 3; i++)
+        expect_close("best of three", exp(logps[i]), want[i], 1e-12);
+    expect_true("below the bound", exact_figures(&w, logps).kl < best_of_n_kl(3));
+}
+
+/* By hand; two prompts of four answers each. */
+static void test_best_of_n(void) {
+    float reward[] = {1, 3, 2, 0, 5, 5, -1, 4};
+    expect_close("of 1", best_of_n(reward, 4, 1), 1.5, 0);
+    expect_close("of 2", best_of_n(reward, 4, 2), 2.5, 0);
+    expect_close("of 4", best_of_n(reward, 4, 4), 3, 0);
+    expect_close("two prompts", best_of_n(reward, 8, 4), 4, 0);
 }
 
 /* By hand. */
@@ -7853,24 +8037,34 @@ static void test_report_page(void) {
     const char *run = temporary("run");
     make_folder(temporary("run/ppo"));
     write_text("run/trainer_state.json", "\xef\xbb\xbf{\"log_history\": [{\"step\": 1}]}\n");
-    write_text("run/ppo/trainer_state.json", "{\"log_history\": [{\"step\": 2, \"loss\": null}]}");
+    write_text("run/ppo/trainer_state.json", "{\"log_history\": [{\"step\": 2, \"loss\": null}, 3, "
+                                             "[1], {}]}");
     write_text("run/report.json", "{\"facts\": {\"Command\": \"" HOSTILE "\"}}");
     expect_true("no fault", report_write(&test_arena, run, shipped_page()) == NULL);
 
-    /* 1. The page is the one that ships, but for what stands in the place for the run. */
+    /* 1. The page is the one that ships, but for what stands in the two places for the run. */
     struct Text page = run_page();
     struct Text shipped = read_file(&test_arena, shipped_page());
-    const char *place = "<script type=\"application/json\" id=\"run\">";
-    size_t head = (size_t)(strstr(shipped.data, place) - shipped.data) + strlen(place);
-    expect_true("up to the place",
-                page.length > shipped.length && memcmp(page.data, shipped.data, head) == 0);
-    char *data = arena_printf(&test_arena, "%s", page.data + head);
-    char *rest = strstr(data, "</script>");
-    CHECK(rest, "test_align: the page's data have no end");
-    expect_text("behind it", text_of(rest), shipped.data + head);
+    const char *places[] = {"<div id=\"plain\">", "<script type=\"application/json\" id=\"run\">"};
+    const char *closes[] = {"</div>", "</script>"};
+    char *inside[2];
+    char *at = arena_printf(&test_arena, "%s", page.data);
+    const char *expected = shipped.data;
+    for (int k = 0; k < 2; k++) {
+        size_t head = (size_t)(strstr(expected, places[k]) - expected) + strlen(places[k]);
+        expect_true("up to a place", strlen(at) > head && memcmp(at, expected, head) == 0);
+        inside[k] = at + head;
+        at = strstr(inside[k], closes[k]);
+        CHECK(at, "test_align: the page's data have no end");
+        expected += head;
+    }
+    expect_text("behind it", text_of(at), expected);
+    *at = 0;
+    char *data = inside[1];
+    *strstr(inside[0], closes[0]) = 0;
+    char *plain = inside[0];
 
     /* 2. There stand the files, and nothing that HTML could take for its own. */
-    *rest = 0;
     expect_true("no markup", !strpbrk(data, "<>&") && !strstr(data, "\xe2\x80\xa8"));
     const char *error;
     struct Json *object = parse(data, &error);
@@ -7881,7 +8075,14 @@ static void test_report_page(void) {
     expect_close("the run's log", first_step(object, "trainer_state.json"), 1, 0);
     expect_close("a stage's log", first_step(object, "ppo/trainer_state.json"), 2, 0);
 
-    /* 3. A page that has a run already takes another one in its place. */
+    /* 3. The same as tables: the fact's text is letters, a log has a row for each entry. */
+    expect_true("a fact", strstr(plain, "<tr><th>Command</th><td>") != NULL);
+    expect_true("no markup of the run's", !strstr(plain, "<!--") && !strstr(plain, "<script"));
+    expect_true("a log", strstr(plain, "<h2>ppo/trainer_state.json</h2>\n<table><tr><th>step</th>"
+                                       "<th>loss</th></tr>\n<tr><td>2</td><td></td></tr>")
+                             != NULL);
+
+    /* 4. A page that has a run already takes another one in its place. */
     write_bytes("filled.html", run_page().data, page.length);
     expect_true("no fault", report_write(&test_arena, run, temporary("filled.html")) == NULL);
     expect_text("filled again", run_page(), read_file(&test_arena, temporary("filled.html")).data);
@@ -7904,9 +8105,7 @@ static void test_report_refusals(void) {
                 "docs/report.html is neither beside the program nor in the current folder");
     const char *page = write_text("page.html", "<html><script id=\"run\"></script></html>");
     expect_text("no place", text_of(report_write(&test_arena, run, page)),
-                arena_printf(&test_arena,
-                             "%s: no place for a run (<script type=\"application/json\" "
-                             "id=\"run\"></script>)",
+                arena_printf(&test_arena, "%s: no place for a run (<div id=\"plain\"></div>)",
                              page));
     expect_true("nothing is written", !file_exists(temporary("refused/report.html")));
 }
@@ -9593,6 +9792,9 @@ static const struct {
     {"ppo_loss_golden", test_ppo_loss_golden},
     {"ppo_gradient", test_ppo_gradient},
     {"ppo_step", test_ppo_step},
+    {"ppo_trace_shows", test_ppo_trace_shows},
+    {"ppo_trace", test_ppo_trace},
+    {"scorer_prefixes", test_scorer_prefixes},
     {"ppo_guards", test_ppo_guards},
     {"ppo_guards_ratio", test_ppo_guards_ratio},
     {"ppo_threads", test_ppo_threads},
@@ -9610,10 +9812,12 @@ static const struct {
     {"answer_end", test_answer_end},
     {"collect_identical", test_collect_identical},
     {"exact_figures", test_exact_figures},
+    {"exact_best_of_n", test_exact_best_of_n},
     {"exact_dpo_loss", test_exact_dpo_loss},
     {"exact_dpo_loss_slopes", test_exact_dpo_loss_slopes},
     {"exact_dpo_gradient", test_exact_dpo_gradient},
     {"exact_run", test_exact_run},
+    {"best_of_n", test_best_of_n},
     {"evaluation", test_evaluation},
     {"evaluation_kl", test_evaluation_kl},
     {"json_values", test_json_values},

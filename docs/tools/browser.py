@@ -42,6 +42,8 @@ KEYS = {
     "Tab": ("Tab", 9, ""),
     "ArrowDown": ("ArrowDown", 40, ""),
     "ArrowUp": ("ArrowUp", 38, ""),
+    "ArrowLeft": ("ArrowLeft", 37, ""),
+    "ArrowRight": ("ArrowRight", 39, ""),
     "Home": ("Home", 36, ""),
     "End": ("End", 35, ""),
     " ": ("Space", 32, " "),
@@ -333,7 +335,7 @@ class Page:
         )
 
     def press(self, key, shift=False, settle=True):
-        """One key: a character, or Enter, Escape, Tab, ArrowDown, ArrowUp, Home, End."""
+        """One key: a character, or Enter, Escape, Tab, an arrow, Home, End."""
         code, number, text = KEYS.get(key, ("", ord(key[0].upper()) if key.isalnum() else 0, key))
         common = dict(key=key, code=code, windowsVirtualKeyCode=number, modifiers=8 if shift else 0)
         self.call(

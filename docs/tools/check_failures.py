@@ -1141,9 +1141,9 @@ without_page("A report after a training without docs/report.html: a note", sft, 
              "(trainer_state.json) are there")
 write("docs/report.html", "<html></html>")
 without_page("A report with a page that has no place for it", "report m", 1,
-             "docs/report.html: no place for a run (<script ")
+             "docs/report.html: no place for a run (<div ")
 without_page("A report after a training, the same: a note", sft, 0,
-             "align: note: docs/report.html: no place for a run (<script ", "is not written")
+             "align: note: docs/report.html: no place for a run (<div ", "is not written")
 # fmt: on
 
 # ---- disks: what was there stays whole, nothing half written stays, and the next run goes through

@@ -14,8 +14,12 @@ contrast of WCAG AA, every plot with a heading, a label for screen readers, axes
 evenly spaced, curves inside its frame, an explanation, and a term that docs/glossary.md has.
 The data: the page's tags are those of docs/report.html, its JSON is what the files hold, no text
 in the page could steer a screen or turn the direction of writing.
+The microscope: with the run's own settings its columns are those of trace.jsonl, for each answer;
+with others those of the formulas; keyboard alone reaches all of it. trace.jsonl: the fields that
+unipo's docs/canonical_schema.json has, of equal lengths, in less than 2 MB for a run of rlhf.
 Odd logs: none, one point, nulls, 100,000 points, hostile texts. The page's policy: nothing is
-loaded or sent, no text becomes markup. Its functions, by hand. Without scripts a line says so.
+loaded or sent, no text becomes markup. Its functions, by hand. Without scripts all facts, logs and
+samples are there as tables. Its glossary is that of docs/glossary.md.
 Without docs/report.html a training ends well, with a note, and align report makes the page later.
 --pictures DIR: keeps pictures of the pages there."""
 
@@ -49,10 +53,24 @@ ROLL = (
     "--model_name_or_path pretrain --dataset_name prompts --reward_model_path reward"
     " --batch_size 4 " + FEW
 )
-PLOTS = {"course": 11, "pretrain": 1, "sft": 1, "reward": 2, "dpo": 2, "ppo": 4, "reinforce": 1}
+PLOTS = {"course": 13, "pretrain": 1, "sft": 1, "reward": 2, "dpo": 2, "ppo": 6, "reinforce": 1}
 POINTS = {"one": 1, "nulls": 19, "absurd": 3, "flat": 5}  # that can be shown, of odd logs
 STAGES = ("language_model", "reward_model", "ppo", "dpo")
 FILES = ["report.json", "trainer_state.json"] + [s + "/trainer_state.json" for s in STAGES]
+FILES += ["trace.jsonl", "ppo/trace.jsonl"]
+# The fields of poloclub/unipo's docs/canonical_schema.json, commit a9c9acf, that a viewer of PPO
+# needs: of its first line, of an entry, of its metrics, of a response; of a token, a list each.
+UNIPO = {
+    "header": "algorithm totalSteps hparams",
+    "hparams": "gamma gae_lambda clip_eps kl_coef learning_rate group_size",
+    "entry": "step is_first_step_after_rollout_phase metrics prompts",
+    "metrics": "policy_objective reward policy_loss value_loss entropy kl clip_fraction"
+    " advantage_mean advantage_std",
+    "response": "id reward advantage response_text response_length tokens",
+    "tokens": "ids strings log_probs ref_log_probs old_log_probs values advantages returns token_kl"
+    " rewards token_objective",
+}
+TRACE_BYTES = 2e6  # of make run: 85 steps, of which 13 are shown
 
 # Of each figure: what a reader needs, as one string of complaints.
 FIGURES = r"""[...document.querySelectorAll('figure')].map(f => {
@@ -188,6 +206,28 @@ BY_HAND = r"""(() => {
   same('thinned', thinned([p(0, 5), p(0.1, 9), p(0.1, 7), p(0.2, 1), p(0.2, 3), p(1, 1), p(2, 4),
                            p(2.1, 2)]), [p(0.1, 9), p(0.2, 1), p(1, 1), p(2, 4), p(2.1, 2)]);
   same('kinds', [1e29, 1e30, -1e300, null, '3'].map(shown), [1e29, NaN, NaN, NaN, NaN]);
+  const answer = {strings: ['a', 'b', 'c'], kl: [0.5, 0, 0.1], score: 1, values: [0.5, 0.4, 0.3],
+    rewards: [1, 2, 3], logProbs: [-1, -1, -1], refLogProbs: [0, 0, 0], mean: 0, deviation: 1,
+    later: [[-1, -0.7, -1.5]]};
+  const set = {beta: 0.2, gamma: 1, lambda: 0.95, clip: 0.2};
+  const column = (name, rows = recompute(answer, set, false)) => rows.map(row => cell(row[name]));
+  same('penalty', column('penalty'), ['-0.100', '0.000', '-0.020'].map(x => cell(Number(x))));
+  same('reward', column('reward'), [-0.1, 0, 0.98].map(cell));
+  same('delta', column('delta'), [-0.2, -0.1, 0.68].map(cell));
+  same('advantage', column('advantage'), [0.3187, 0.546, 0.68].map(cell));
+  same('return', column('target'), [0.8187, 0.946, 0.98].map(cell));
+  same('clipped', recompute(answer, set, false).map(row => row.clipped[0]), [false, true, false]);
+  const whitened = recompute(answer, set, true);
+  same('whitened rewards stay', column('reward', whitened), [1, 2, 3].map(cell));
+  same('no discount, no lambda', column('advantage', recompute(answer, {...set, lambda: 0}, false)),
+       [-0.2, -0.1, 0.68].map(cell));
+  same('nearest', [-5, 1.4, 1.6, 9].map(x => nearest([0, 1, 2, 3], x)), [0, 1, 2, 3]);
+  const log = [{step: 1, 'objective/kl': 2, 'env/reward_mean': 3}, {step: 2, 'objective/kl': null},
+    {step: 4, eval_kl: 1, eval_reward: 0.5}];
+  const frontier = frontierChart([log], {best_of_n: [{n: 2, kl: 0.19, reward: 1}]});
+  same('reward against KL', frontier.curves.map(c => [c.name, c.points]), [
+    ['PPO', [{x: 2, y: 3, note: 'step 1'}]], ['DPO', [{x: 1, y: 0.5, note: 'step 4'}]],
+    ['best of n', [{x: 0.19, y: 1, note: 'n 2'}]]]);
   same('letters', harmless('é日😀\t\n\r<b>&'), 'é日😀\t\n\r<b>&');
   same('NUL, escape, C1', harmless('a\0\x1b\x9b\x7f'), 'a' + '\ufffd'.repeat(4));
   same('turning', harmless('\u202a\u202eb\u2066\u2069'), '\ufffd\ufffdb\ufffd\ufffd');
@@ -329,16 +369,22 @@ class Tags(html.parser.HTMLParser):
 
     def __init__(self, text):
         super().__init__()
-        self.tags, self.run, self.inside = [], "", False
+        self.tags, self.run, self.inside, self.plain = [], "", False, False
         self.feed(text)
         self.close()
 
     def handle_starttag(self, tag, attributes):
-        self.tags.append((tag, attributes))
         self.inside = ("id", "run") in attributes
+        if not self.plain:
+            self.tags.append((tag, attributes))
+        elif tag not in ("h2", "table", "tr", "th", "td") or attributes:
+            self.tags.append(("a tag among the tables", tag, attributes))
+        self.plain = self.plain or ("id", "plain") in attributes
 
     def handle_endtag(self, tag):
-        self.tags.append(tag)
+        self.plain = self.plain and tag != "div"
+        if not self.plain:
+            self.tags.append(tag)
         self.inside = False
 
     def handle_data(self, data):
@@ -348,10 +394,15 @@ class Tags(html.parser.HTMLParser):
 
 def held(folder):
     """What a run's files hold, as the page must have it."""
-    return {
-        name: json.loads(read(folder, name).decode("utf-8-sig"))
+    texts = {
+        name: read(folder, name).decode("utf-8-sig")
         for name in FILES
         if os.path.exists(os.path.join(folder, name))
+    }
+    lines = lambda text: [json.loads(line) for line in text.split("\n") if line]
+    return {
+        name: lines(text) if name.endswith("l") else json.loads(text)
+        for name, text in texts.items()
     }
 
 
@@ -457,6 +508,13 @@ def odd_runs(work):
             },
         },
     )
+    tokens = {"strings": ["a", None, 3], "old_log_probs": "x", "values": [1, None], "rewards": {}}
+    odd = [3, {"prompt": 4}, {"responses": [{"tokens": tokens}]}, None, {"responses": 5}]
+    odd_trace = [{"ppo_step": 1, "prompts": odd}, None, 4, {"ppo_step": "x"}, {"ppo_step": 3}]
+    odd_trace += [{"ppo_step": 1, "prompts": [None], "metrics": 7}]
+    rows = "\n".join(json.dumps(line) for line in odd_trace if isinstance(line, dict))
+    write(work + "/trace", {**log(ends), "trace.jsonl": rows.encode()})
+    write(work + "/no_trace", {**log(ends), "trace.jsonl": b"\n\n"})
     write(work + "/none", log([]))
     write(work + "/one", log([{"step": 7, "loss": 3.25}]))
     nulls = [{"step": s, "loss": None if s % 2 else 1 / s, "eval_loss": None} for s in range(1, 40)]
@@ -482,6 +540,8 @@ def odd_runs(work):
     return {
         "hostile": 1,
         "kinds": 1,
+        "trace": 1,
+        "no_trace": 1,
         "none": 0,
         "one": 1,
         "nulls": 1,
@@ -525,12 +585,188 @@ def check_functions(browser):
     page.close()
 
 
-def check_noscript(browser, path):
-    page = browser.open(path, scripts=False)
+def check_noscript(browser, folder):
+    """Without scripts: facts, rewards, samples and each entry of each log, as tables."""
+    page = browser.open(folder + "/report.html", scripts=False)
     tree = page.call("Accessibility.getFullAXTree")["nodes"]
-    said = " ".join(str(node.get("name", {}).get("value", "")) for node in tree)
-    check("without scripts", ["This page needs its script" not in said and "no line says so"])
+    cells = {}
+    for node in tree:
+        role = node.get("role", {}).get("value")
+        cells.setdefault(role, []).append(str(node.get("name", {}).get("value", "")))
+    texts = set(cells.get("cell", [])) | set(cells.get("gridcell", []))
+    said = " ".join(cells.get("StaticText", []))
+    files = held(folder)
+    report = files["report.json"]
+    logs = [f["log_history"] for n, f in files.items() if n.endswith("trainer_state.json")]
+    squeezed = lambda text: re.sub(r"\s+", "", text)
+    wanted = list(report["facts"].values()) + [s["prompt"] for s in report["samples"]]
+    wanted += ["".join(s["ppo"]["tokens"]) for s in report["samples"]]
+    wanted += [", ".join("%.6g" % r for r in report["dpo"])]
+    wanted += ["%.6g" % e["loss"] for log in logs for e in log if "loss" in e]
+    all_cells = [squeezed(t) for t in texts]
+    missing = [w for w in wanted if not any(squeezed(w) in cell for cell in all_cells)]
+    check(
+        "without scripts: the numbers as tables",
+        [
+            "Scripts are switched off here" not in said and "no line says so",
+            missing and "%d of %d are missing: %r" % (len(missing), len(wanted), missing[0][:60]),
+            page.overflow() and "%d pixels too wide" % page.overflow(),
+        ],
+        "%d rows, %d values looked for" % (len(cells.get("row", [])), len(wanted)),
+    )
     page.close()
+
+
+# ---- The microscope ------------------------------------------------------------------------------
+
+
+def names_missing(what, found):
+    return ["%s without %s" % (what, n) for n in UNIPO[what].split() if n not in found]
+
+
+def check_trace(name, path, most_shown):
+    """The form that unipo reads, and what the numbers must be among themselves."""
+    lines = [json.loads(line) for line in open(path, encoding="utf-8")]
+    header, entries = lines[0], lines[1:]
+    epochs = header["hparams"]["ppo_epochs"]
+    faults = names_missing("header", header) + names_missing("hparams", header["hparams"])
+    faults += [header["type"] != "header" and "the first line is no header"]
+    for e in entries:
+        faults += names_missing("entry", e) + names_missing("metrics", e["metrics"])
+        first = e["step"] % epochs == 0
+        faults += [e["is_first_step_after_rollout_phase"] != first and "first: %s" % e["step"]]
+        for response in (r for p in e["prompts"] for r in p["responses"]):
+            tokens = response["tokens"]
+            faults += names_missing("response", response) + names_missing("tokens", tokens)
+            lengths = {len(values) for values in tokens.values()}
+            faults += [lengths != {response["response_length"]} and "lengths %s" % lengths]
+            same = tokens["log_probs"] == tokens["old_log_probs"]
+            faults += [first and not same and "the first ratio is not 1"]
+    steps = sorted({e["ppo_step"] for e in entries})
+    size = os.path.getsize(path)
+    whole_run = size / len(steps) * 13
+    faults += [
+        steps[0] != 1 or steps[-1] * epochs != entries[-1]["step"] + 1 and "steps %s" % steps,
+        len(steps) > 13 and "%d steps" % len(steps),
+        most_shown and whole_run > TRACE_BYTES and "%d bytes of 13 steps" % whole_run,
+    ]
+    note = "%d steps, %d KB" % (len(steps), size // 1000)
+    check("trace.jsonl: " + name, dict.fromkeys(faults), note)
+
+
+# For each answer of each step: the page's columns, with the run's settings, against the file's.
+AGAINST_TRACE = r"""(() => {
+  const lines = JSON.parse(byId('run').textContent)[%s], trace = readTrace(lines), wrong = [];
+  let tokens = 0;
+  for (const [number, epochs] of trace.steps) {
+    epochs[0].prompts.forEach((prompt, i) => {
+      const h = trace.hparams, file = prompt.responses[0].tokens, answer = traceAnswer(epochs, i);
+      const rows = recompute(answer, {beta: answer.beta, gamma: h.gamma, lambda: h.gae_lambda,
+        clip: h.clip_eps}, false);
+      for (const [name, key] of [['rewards', 'reward'], ['returns', 'target'],
+          ['advantages', 'whitened']])
+        rows.forEach((row, t) => {
+          tokens++;
+          if (!(Math.abs(row[key] - file[name][t]) < 1e-4))
+            wrong.push(`${number}, ${i}, ${t}: ${key} ${row[key]}, ${file[name][t]}`);
+        });
+      epochs.slice(1).forEach((line, e) => rows.forEach((row, t) => {
+        const r = line.prompts[i].responses[0].tokens;
+        const A = r.advantages[t], ratio = row.ratios[e];
+        const limit = 0.2, cut = Math.min(1 + limit, Math.max(1 - limit, ratio));
+        if (!(Math.abs(Math.min(A * ratio, A * cut) - r.token_objective[t]) < 1e-4))
+          wrong.push(`step ${number}, answer ${i}, epoch ${e + 1}, token ${t}: objective`);
+        if (row.clipped[e] !== A * cut < A * ratio) wrong.push(`step ${number}, token ${t}: clip`);
+      }));
+    });
+  }
+  return [tokens, wrong.slice(0, 5)];
+})()"""
+
+
+def check_microscope(browser, path, name):
+    page = browser.open(path)
+    tokens, wrong = page.evaluate(AGAINST_TRACE % json.dumps(name))
+    check("microscope: the columns are the file's", wrong, "%d numbers" % tokens)
+
+    # The keyboard alone: step, answer, a slider and back, GAE, a heading, its term, a plot.
+    text = lambda query: page.evaluate("document.querySelector(%r).textContent" % query)
+    focus = lambda query: page.evaluate("document.querySelector(%r).focus()" % query)
+    at = lambda: page.evaluate("document.activeElement.id || document.activeElement.localName")
+    rows = "[...document.querySelectorAll('#tokens tbody tr')]"
+    column = lambda k: page.evaluate(rows + ".map(row => row.children[%d].textContent)" % k)
+    faults, before = [], text("#tokens")
+    wrong_if = lambda fault, what: faults.append(fault and what)
+    focus("#step")
+    page.press("ArrowRight")
+    page.press("ArrowRight")
+    wrong_if(text("#tokens") == before, "another step shows the same")
+    page.press("Tab")
+    wrong_if(at() != "answer", "after the step comes %s" % at())
+    before = text("#tokens")
+    page.press("ArrowDown")
+    wrong_if(text("#tokens") == before, "another answer shows the same")
+    before = text("#tokens")
+    for slider, changed in (("beta", 4), ("lambda", 8), ("gamma", 9)):
+        focus("#" + slider)
+        was = column(changed)
+        page.press("Home")
+        wrong_if(column(changed) == was, slider + " changes nothing")
+    wrong_if(set(column(4)) - {"0.000", "-0.000"}, "a penalty at beta 0: %s" % column(4))
+    wrong_if(column(7) != column(8), "delta is not the advantage at gamma 0")
+    focus("#clip")
+    page.press("End")
+    wrong_if("clip" in "".join(column(14)), "clipped at 1")
+    focus("#back")
+    page.press("Enter")
+    wrong_if(text("#tokens") != before, "the way back leads elsewhere")
+    focus("#previous")
+    page.press("Enter")
+    wrong_if(set(column(8)) != {""}, "GAE does not begin with nothing")
+    page.press("Enter")
+    wrong_if([bool(x) for x in column(8)][-2:] != [False, True], "GAE does not begin at the end")
+    wrong_if("A = δ + γλ" not in text("#gae"), "GAE's step is not told")
+    focus("#tokens th button")
+    page.press("Tab")
+    wrong_if("log π ref: " not in text("#column"), "no explanation: " + text("#column"))
+    page.press("Enter")
+    wrong_if(at() != "a", "no way to the term: " + at())
+    page.press("Enter")
+    wrong_if(not page.evaluate("location.hash").startswith("#term"), "the term is not reached")
+    focus("figure svg")
+    page.press("End")
+    page.press("ArrowLeft")
+    wrong_if(not re.search(r"\d: .*\d", text(".readout")), "a plot says nothing")
+    faults += page.errors
+    check("microscope: by keyboard", faults)
+    page.close()
+
+
+def check_glossary(browser):
+    """What the page says of a term is what docs/glossary.md says."""
+    with open("docs/glossary.md", encoding="utf-8") as f:
+        entries = [block.split("\n") for block in f.read().split("\n### ")[1:]]
+    english = {
+        tuple(dict.fromkeys(e[0].split(" · "))): line[11:].replace("`", "")
+        for e in entries
+        for line in e
+        if line.startswith("- English: ")
+    }
+    page = browser.open(PAGE)
+    said = page.evaluate(
+        "[...document.querySelectorAll('dt')]"
+        ".map(e => [e.textContent, e.nextElementSibling.textContent])"
+    )
+    page.close()
+    squeezed = lambda text: " ".join(text.split())
+    check(
+        "glossary: the page's is docs/glossary.md's",
+        [
+            squeezed(text) != squeezed(english.get(tuple(term.split(" · ")), "")) and term
+            for term, text in said
+        ],
+        "%d terms" % len(said),
+    )
 
 
 # ---- align report --------------------------------------------------------------------------------
@@ -573,7 +809,7 @@ def check_without_page(work):
     trainings = {"late sft": "sft --dataset_name text " + short, "late course": RLHF + " --quiet"}
     for page, why in (
         (None, "docs/report.html is neither beside the program nor in the current"),
-        (b"<html></html>", "docs/report.html: no place for a run (<script "),
+        (b"<html></html>", "docs/report.html: no place for a run (<div "),
     ):
         if page:
             write(alone + "/docs", {"report.html": page})
@@ -677,7 +913,11 @@ def main():
                     )
             check_hostile(browser, work + "/hostile/report.html")
             check_functions(browser)
-            check_noscript(browser, work + "/course/report.html")
+            check_noscript(browser, work + "/course")
+            check_glossary(browser)
+            check_trace("course", work + "/course/ppo/trace.jsonl", True)
+            check_trace("ppo", work + "/ppo/trace.jsonl", False)
+            check_microscope(browser, work + "/course/report.html", "ppo/trace.jsonl")
         for name in PLOTS:
             check_made_again(work, name)
         check_refusals(work)
