@@ -3982,8 +3982,8 @@ static float attention_softmax(float *p, size_t t, size_t t1) {
 
 /* attention_forward_head -- the four passes, ATTENTION_ROWS queries at a time.
  * out  out (N,C), of all heads and sequences: only this head's columns and rows are written
- *      (head_columns); its numbers in lse (N,NH), at lse_place: log sum_j e^(score_tj), all that the
- *      backward pass needs to recompute p
+ *      (head_columns); its numbers in lse (N,NH), at lse_place: log sum_j e^(score_tj), all that
+ *      the backward pass needs to recompute p
  *                             test: attention_hand, attention; gdb: break attention_forward_head */
 static void attention_forward_head(struct Matrix out, float *lse,
                                    const struct AttentionHead *head) {

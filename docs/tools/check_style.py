@@ -27,7 +27,7 @@ SEVERAL = re.compile(
 )
 TOOLS = "docs/tools"
 SCRIPTS = ["prepare_imdb.py", ".ci/run"]
-NOT_YET = ["README.md", "browser.py"]
+NOT_YET = ["README.md", "browser.py", "exercises.json"]
 Function = collections.namedtuple("Function", "name first last parameters")  # lines from 0
 faults = 0
 
