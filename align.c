@@ -289,8 +289,10 @@ static uint64_t splitmix64(uint64_t *state) {
     return z ^ (z >> 31);
 }
 
+/* The numbers only have to differ. Those of a purpose that came later are an earlier one's plus a
+ * hundred, so that the earlier streams, and with them all results, stayed what they were. */
 enum RngStream {
-    STREAM_INIT = 1,
+    STREAM_INIT = 1, /* a new reward or value head draws from it, too */
     STREAM_ORDER,
     STREAM_SAMPLE,
     STREAM_SPLIT,
@@ -2642,8 +2644,9 @@ struct Batch {
     size_t tokens; /* of the examples, whether or not the model reads their last ones */
     int *ids, *position; /* (N) */
     size_t *start; /* (B+1) sequence b has the rows start[b] .. start[b+1]-1 */
-    size_t *target_start; /* (B+1) its targets are target_start[b] .. target_start[b+1]-1; of a
-                           * batch of pairs, whose answers may share a sequence, answer by answer */
+    /* (B+1) its targets are target_start[b] .. target_start[b+1]-1. In a batch of pairs, whose
+     * answers may share a sequence, they are counted answer by answer. */
+    size_t *target_start;
     int *row, *target; /* (R) row[r] must predict the id target[r] */
     /* (B) or NULL. From its row fork[b] on, sequence b is a second answer to its first shared[b]
      * tokens: see collate_pairs. */
@@ -4475,7 +4478,7 @@ static struct GPT2 *gpt2_new(struct GPT2Config config) {
     model->h = arena_zeros(&model->arena, config.n_layer, sizeof *model->h);
 
     /* A block has 12 tensors, and 8 more if its four linear layers are adapted; besides the blocks
-     * there are wte, wpe, two tensors of ln_f and three of the heads. */
+     * there are wte, wpe, two tensors of ln_f and three of the heads, and room for one more. */
     model->tensors = arena_alloc(&model->arena, 20 * config.n_layer + 8, sizeof *model->tensors);
 
     /* In the order of transformers' state_dict. gpt2_init draws random numbers in this order, too:
@@ -7889,7 +7892,7 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
  *
  * One number both ways. Chapter 4's " very" has dlogprob 0.3957 and now p = e^-1.10 = 0.3329. Let
  * the vocabulary be " very", with the vector (0, 0) in wte, and one other token, with (0.6952, 0),
- * where 0.6952 = ln(0.6671 / 0.3329);
+ * where 0.6952 = log((1 - p) / p), so that p is that;
  * let the model have no blocks and no layer norm, and let it have read the other token, with
  * (0.3048, 2) in wpe: hidden = (0.6952 + 0.3048, 0 + 2) = (1, 2). Each logit is hidden times a
  * vector of wte: 0 and 0.6952, so p = 0.3329 and 0.6671.
@@ -10779,6 +10782,8 @@ static void course_ppo(struct Course *course) {
     trainer.args.lr_end = 0.2;
     trainer.args.logging_steps = 1;
     trainer.args.max_grad_norm = 0;
+    /* becomes train_batch_size in trainer_state.json */
+    trainer.args.per_device_train_batch_size = config.batch_size;
     struct RolloutTrainer *ppo = ppo_trainer_new(course->ppo, course->language_model, config,
                                                  trainer.args, course->temperature);
     ppo->name = "3/4 ppo";
@@ -10970,7 +10975,7 @@ static void course_run(struct Course *course, const struct Dataset *data,
  *
  * What do all these formulas do to actual numbers? `align explain TOPIC` takes one example through
  * a piece of the course and prints every number on the way, with its formula and the function that
- * computes it; small enough for a pocket calculator. The example is the same throughout: after the
+ * computes it; small enough for a pocket calculator. Most topics share one example: after the
  * prompt "The film is" two answers of four tokens, a chosen and a rejected one.
  *
  *     align explain gae --json > gae.json        the example's numbers, and what came of them
@@ -11892,9 +11897,9 @@ static void tell_backprop_wte(struct Explain *x, struct Backprop *b) {
     line(x, "  wte.d[\" is\"][0] = %.4f (output) + %.4f (embedding) = %.4f", output, both - output,
          both);
 
-    /* the loss with this one weight a little larger, and a little smaller; what was known when the
-     * answer was written stays */
-    /* 1 / 128: w + h is exact, and the loss's curvature does not show yet */
+    /* The loss with this one weight a little larger, and a little smaller; what was known when the
+     * answer was written stays. h = 1 / 128: w + h is exact, and the loss's curvature does not show
+     * yet. */
     float h = 0x1p-7f;
     wte->w[BACK_AT] += h;
     double above = backprop_loss(x, b);
@@ -11951,8 +11956,9 @@ static size_t text_columns(const char *text) {
 
 /* A formula, and at the right the function that computes it. */
 static void formula(struct Explain *x, const char *text, const char *function) {
-    size_t columns = MIN(text_columns(text), (size_t)50);
-    line(x, "  %s%*s %s", text, (int)(50 - columns), "", function);
+    /* a formula that is too long for the column leaves two spaces */
+    size_t columns = MIN(text_columns(text), (size_t)49);
+    line(x, "  %s%*s  %s", text, (int)(49 - columns), "", function);
 }
 
 /* A column of a table: its head, the numbers, and the name that --json has for them (NULL: it was
@@ -11972,8 +11978,8 @@ static const char *cell(struct Explain *x, const struct TableColumn *column, siz
     if (number == -INFINITY)
         return "-";
     double size = fabs(number);
-    bool is_plain = size == 0 || (size >= 5e-5 && size < 1e4);
-    return arena_printf(x->arena, is_plain ? "%.4f" : "%.2e", size == 0 ? 0 : number);
+    bool is_plain = size == 0 || (size >= 5e-5 && size < 1e3);
+    return arena_printf(x->arena, is_plain ? "%.4f" : "%.1e", size == 0 ? 0 : number);
 }
 
 /* Text at the right end of a column. */
@@ -12515,19 +12521,23 @@ static void explain_reinforce(struct Explain *x) {
 
 static const char *const GAE_TEXT[][2] = {
     {"The score judges a whole answer. It is known only at the end, so it is part of the last "
-     "token's reward; the other rewards are KL penalties. GAE carries it to the earlier tokens. "
-     "At each token it asks: how much better did it go than the value head expected?",
+     "token's reward; the other rewards are KL penalties (above 0 where a negative kl earns). GAE "
+     "carries the score to the earlier tokens. At each token it asks: how much better did it go "
+     "than the value head expected?",
      "A pontuação julga a resposta inteira. Só é conhecida no fim, por isso faz parte da "
-     "recompensa do último token; as outras recompensas são penalidades de KL. GAE a leva aos "
-     "tokens anteriores. A cada token pergunta: foi quanto melhor do que a cabeça de valor "
-     "esperava?"},
-    {"value is what the head expected before this token, next what it expects after it. delta is "
-     "the surprise. raw A is the token's advantage: its own delta, plus gamma * lam times the "
-     "raw A of the token after it. So GAE runs backwards: read each table from its last row up.",
-     "value é o que a cabeça esperava antes deste token; próximo, o que espera depois dele. "
-     "delta é a surpresa. raw A é a vantagem do token: seu próprio delta, mais gamma * lam "
-     "vezes o raw A do token seguinte. Por isso GAE anda de trás para frente: leia cada tabela da "
-     "última linha para cima."},
+     "recompensa do último token; as outras recompensas são penalidades de KL (acima de 0 onde "
+     "um kl negativo rende). GAE leva a pontuação aos tokens anteriores. A cada token pergunta: "
+     "foi quanto melhor do que a cabeça de valor esperava?"},
+    {"value is what the head expected, before this token, of all rewards from it on; next is what "
+     "it expects after it, the value one row down. delta is the surprise. raw A is the token's "
+     "advantage: its own delta, plus gamma * lam times the raw A of the token after it. So GAE "
+     "runs backwards: read each table from its last row up. return and A: below. (Computed "
+     "exactly, shown to four decimals.)",
+     "value é o que a cabeça esperava, antes deste token, de todas as recompensas dali em "
+     "diante; próximo é o que espera depois dele, o value da linha de baixo. delta é a "
+     "surpresa. raw A é a vantagem do token: seu próprio delta, mais gamma * lam vezes o raw A "
+     "do token seguinte. Por isso GAE anda de trás para frente: leia cada tabela da última linha "
+     "para cima. return e A: abaixo. (Calculado com exatidão, mostrado com quatro casas.)"},
     {"Answer 1, from its last token to its first. After the last one nothing more comes: its next "
      "value and next advantage are 0.",
      "A resposta 1, do último token ao primeiro. Depois do último não vem mais nada: seu "
@@ -12538,13 +12548,18 @@ static const char *const GAE_TEXT[][2] = {
      "Assim a recompensa do último token chega ao token k posições antes dele multiplicada por "
      "(gamma * lam)^k. Com lam 0 ela não viajaria: os tokens anteriores só saberiam da "
      "pontuação à medida que a cabeça de valor aprende a esperá-la."},
-    {"Return and whitening. The return is what the value head should have said: its guess, "
-     "corrected by the surprise. Last, the raw advantages of all answers together get mean 0 and "
-     "variance 1, so that the learning rate need not know the scale of the scores. That is A.",
-     "Retorno e normalização. O retorno é o que a cabeça de valor deveria ter dito: seu "
-     "palpite, corrigido pela surpresa. Por fim, as vantagens brutas (raw A) de todas as respostas "
-     "juntas ganham média 0 e variância 1, para que a taxa de aprendizado não precise conhecer "
-     "a escala das pontuações. Isso é A."},
+    {"Return and whitening. The return is the target that the value head learns: its value plus "
+     "raw A, that is plus all later surprises, not delta alone. (With gamma and lam 1 it is the "
+     "plain sum of the rewards from here on.) Last, the raw advantages of all tokens of all "
+     "answers "
+     "together get mean 0 and variance 1 (squares divided by their number less one), so that the "
+     "learning rate need not know the scale of the scores. That is A.",
+     "Retorno e normalização. O retorno é o alvo que a cabeça de valor aprende: seu value mais "
+     "raw A, isto é, mais todas as surpresas posteriores, não só delta. (Com gamma e lam 1 é a "
+     "simples soma das recompensas dali em diante.) Por fim, as vantagens brutas (raw A) de todos "
+     "os tokens de todas as respostas juntas ganham média 0 e variância 1 (quadrados divididos "
+     "por seu número menos um), para que a taxa de aprendizado não precise conhecer a escala das "
+     "pontuações. Isso é A."},
 };
 
 /* What gae makes of rewards and values (R): all in cells that tables can show. */
@@ -12608,6 +12623,7 @@ static void tell_gae_steps(struct Explain *x, const struct Answers *a, const str
     tell(x, GAE_TEXT[2]);
     formula(x, "delta = reward + gamma * next_value - value", "gae_step");
     formula(x, "raw A = delta + gamma * lam * next raw A", "gae");
+    line(x, "  gamma = %s, lam = %s", D(g->gamma), D(g->lam));
     for (size_t t = T; t-- > T - shown;) {
         /* what the step before, that of the next token, has left */
         line(x, "\n  %s", first_label(x, a, t));
@@ -12664,45 +12680,54 @@ static void explain_gae(struct Explain *x) {
 /* ---- ppo ------------------------------------------------------------------------------------ */
 
 static const char *const PPO_TEXT[][2] = {
-    {"A step of PPO with these answers. 1. A reward for every token. It pays kl_coef for each nat "
-     "by which the policy finds the token more probable than the reference does (kl), and earns "
-     "where it finds it less probable: a single kl may be negative, its mean over what the "
-     "policy writes is not. Whether the answer is good is known only when it is complete: the "
-     "score is added at the last token.",
-     "Um passo do PPO com estas respostas. 1. Uma recompensa para cada token. Ele paga kl_coef por "
-     "nat que a política o acha mais provável do que a referência acha (kl), e ganha onde o "
-     "acha menos provável: um kl isolado pode ser negativo, sua média sobre o que a política "
-     "escreve, não. Se a resposta é boa só se sabe quando está completa: a pontuação é "
-     "somada no último token."},
+    {"A step of PPO with these answers. log pi and log ref: how probable the policy that wrote the "
+     "answer, and the reference (the model before this training), find each token. 1. A reward for "
+     "every token. kl = log pi - log ref. Where it is above 0, the token pays kl_coef * kl; where "
+     "it is below 0, it earns as much. (On average over what the policy writes, kl is not "
+     "negative.) Whether the answer is good is known only when it is complete: the score is added "
+     "at the last token.",
+     "Um passo do PPO com estas respostas. log pi e log ref: quão provável a política que "
+     "escreveu a resposta, e a referência (o modelo antes deste treino), acham cada token. 1. Uma "
+     "recompensa para cada token. kl = log pi - log ref. Onde está acima de 0, o token paga "
+     "kl_coef * kl; onde está abaixo, ganha o mesmo tanto. (Em média sobre o que a política "
+     "escreve, kl não é negativo.) Se a resposta é boa só se sabe quando está completa: a "
+     "pontuação é somada no último token."},
     {"2. Advantages: GAE carries the score to the earlier tokens (align explain gae shows how). "
      "A > 0: better than expected.",
      "2. Vantagens: GAE leva a pontuação aos tokens anteriores (align explain gae mostra como). "
      "A > 0: melhor que o esperado."},
-    {"3. The update. The ratio says how many times as probable a token is now (new) as when it "
-     "was written. At the first update nothing has moved yet: every ratio is 1, each loss is -A, "
-     "and their mean is 0, since A has mean 0; the gradient is not 0. Here some updates have "
-     "been made. Once a ratio has left 1 +- cliprange in the direction of A, the token is "
-     "clipped: its slope is 0, and this batch moves it no further. (slope: of the mean loss, by "
-     "new.)",
-     "3. A atualização. A razão (ratio) diz quantas vezes mais provável o token é agora (new) "
-     "do que quando foi escrito. Na primeira atualização nada se moveu ainda: toda razão é 1, "
-     "cada perda é -A, e a média delas é 0, pois A tem média 0; o gradiente não é 0. Aqui "
-     "algumas atualizações já foram feitas. Quando uma razão sai de 1 +- cliprange na "
-     "direção de A, o token é cortado: sua inclinação é 0, e este lote não o move mais. "
-     "(inclin.: da perda média, em relação a new.)"},
-    {"4. The value head learns to say the return; its clip, cliprange_value, works in the same "
-     "way: where it has moved further than that towards the return, its slope is 0.",
-     "4. A cabeça de valor aprende a dizer o retorno; seu corte, cliprange_value, funciona do "
-     "mesmo modo: onde ela já se moveu mais que isso em direção ao retorno, sua inclinação é "
-     "0."},
-    {"5. Both losses are means over all tokens, so each slope above is a share of one mean.",
-     "5. As duas perdas são médias sobre todos os tokens, por isso cada inclinação acima é "
-     "uma parte de uma só média."},
+    {"3. The update. ratio: how many times as probable a token is now (new) as when it was "
+     "written. At the first update nothing has moved yet: every ratio is 1, each loss is -A, and "
+     "their mean is 0, as that of A. Learning is possible all the same: what counts is the slope, "
+     "-A / tokens, and each acts on another token. Here some updates have been made. slope is the "
+     "derivative of the mean loss by new; a step goes against it, so where it is negative the "
+     "token "
+     "becomes more probable. A token is clipped if A > 0 and its ratio is above 1 + cliprange, or "
+     "A < 0 and below 1 - cliprange: it has moved far enough the way A wants, its slope is 0, and "
+     "its own loss pushes it no further. A ratio that went the wrong way is not clipped.",
+     "3. A atualização. ratio: quantas vezes mais provável o token é agora (new) do que quando "
+     "foi escrito. Na primeira atualização nada se moveu ainda: toda razão é 1, cada perda é "
+     "-A, e a média delas é 0, como a de A. Mesmo assim dá para aprender: o que conta é a "
+     "inclinação, -A / tokens, e cada uma age sobre outro token. Aqui algumas atualizações já "
+     "foram feitas. inclin. é a derivada da perda média em relação a new; um passo vai contra "
+     "ela, e assim, onde é negativa, o token fica mais provável. Um token é cortado se A > 0 e "
+     "sua razão passa de 1 + cliprange, ou se A < 0 e ela está abaixo de 1 - cliprange: já se "
+     "moveu o bastante para onde A quer, sua inclinação é 0, e sua própria perda não o "
+     "empurra mais. Uma razão que foi para o lado errado não é cortada."},
+    {"4. The value head learns to say the return. near is its value now, but at most "
+     "cliprange_value from what it was. Where near is the farther of the two from the return, the "
+     "value has moved far enough towards it: slope 0. The slope is that of the total loss, so it "
+     "contains vf_coef.",
+     "4. A cabeça de valor aprende a dizer o retorno. near é seu valor agora, mas no máximo a "
+     "cliprange_value do que era. Onde near é o mais distante dos dois do retorno, o valor já se "
+     "moveu o bastante em direção a ele: inclinação 0. A inclinação é a da perda total, por "
+     "isso contém vf_coef."},
+    {"5. Both losses are means over all tokens.", "5. As duas perdas são médias sobre todos os "
+                                                  "tokens."},
 };
 
 /* Steps 1 and 2: rewards and advantages of every token. */
-static struct GaeCells tell_ppo_rewards(struct Explain *x, const struct Answers *a,
-                                        struct PPOBatch *p) {
+static void tell_ppo_rewards(struct Explain *x, const struct Answers *a, struct PPOBatch *p) {
     struct RolloutTrainer trainer = {.kl_coef = get_number(x->example, "kl_coef")};
     float *scores = arena_floats(x->arena, a->n);
     for (size_t b = 0; b < a->n; b++)
@@ -12736,7 +12761,7 @@ static struct GaeCells tell_ppo_rewards(struct Explain *x, const struct Answers 
     line(x, "          = %s + %s = %s", D(p->non_score_rewards[last]), OP(scores[0]),
          D(p->rewards[last]));
 
-    /* 2. */
+    /* what GAE makes of them */
     struct GaeCells g = gae_cells(x, a, p);
     const struct TableColumn more[] = {
         {.head = "reward", .at = doubles(x, p->rewards, a->R)},
@@ -12748,7 +12773,6 @@ static struct GaeCells tell_ppo_rewards(struct Explain *x, const struct Answers 
     };
     tell(x, PPO_TEXT[1]);
     tell_answers(x, a, more, COUNT(more));
-    return g;
 }
 
 /* What ppo_loss says of each token, as cells. */
@@ -12796,7 +12820,34 @@ static struct PPOCells ppo_cells(struct Explain *x, const struct Answers *a, str
     return c;
 }
 
-/* Step 3: the policy's loss; by hand the first token of answer 1 that is clipped, or its last. */
+/* The policy's loss of one token by hand. */
+static void tell_ppo_token(struct Explain *x, const struct Answers *a, const struct PPOBatch *p,
+                           const struct PPOCells *c, size_t t) {
+    double e = c->config.cliprange;
+    double A = p->advantages[t];
+    double near = MAX(1 - e, MIN(1 + e, c->ratio[t]));
+    line(x, "\n  %s", first_label(x, a, t));
+    formula(x, "ratio = e^(new - log pi)", "ppo_token_loss");
+    line(x, "        = e^(%s - %s) = %s", D(c->new_logprobs[t]), OP(p->logprobs[t]),
+         D(c->ratio[t]));
+    formula(x, "near  = clip(ratio, 1 - cliprange, 1 + cliprange)", "ppo_token_loss");
+    line(x, "        = clip(%s, %s, %s) = %s", D(c->ratio[t]), D(1 - e), D(1 + e), D(near));
+    formula(x, "loss  = max(-A * ratio, -A * near)", "ppo_token_loss");
+    line(x, "        = max(-%s * %s, -%s * %s)", OP(A), D(c->ratio[t]), OP(A), D(near));
+    line(x, "        = max(%s, %s) = %s", D(-A * c->ratio[t]), D(-A * near), D(c->loss[t]));
+
+    /* the slope is that of the mean, hence the number of tokens */
+    formula(x,
+            x->pt ? "inclin. = 0 se cortado, senão -A * ratio / n"
+                  : "slope = 0 if clipped, else -A * ratio / n",
+            "ppo_loss");
+    if (c->is_clipped[t])
+        line(x, "        = 0");
+    else
+        line(x, "        = -%s * %s / %zu = %s", OP(A), D(c->ratio[t]), a->R, D(c->dlogprob[t]));
+}
+
+/* Step 3: the policy's loss; by hand answer 1's first token, and the first one that is clipped. */
 static void tell_ppo_policy(struct Explain *x, const struct Answers *a, const struct PPOBatch *p,
                             const struct PPOCells *c) {
     const struct TableColumn columns[] = {
@@ -12811,29 +12862,17 @@ static void tell_ppo_policy(struct Explain *x, const struct Answers *a, const st
         {.head = "loss", .at = c->loss, .name = "token_losses"},
         {.head = x->pt ? "inclin." : "slope", .at = c->dlogprob, .name = "dlogprobs"},
     };
-    /* nothing teaches the clip like a token that it stops */
-    size_t t = 0;
-    while (t + 1 < a->start[1] && !c->is_clipped[t])
-        t++;
-    double e = c->config.cliprange;
-    double A = p->advantages[t];
-    double near = MAX(1 - e, MIN(1 + e, c->ratio[t]));
     tell(x, PPO_TEXT[2]);
     tell_answers(x, a, columns, COUNT(columns));
-    line(x, "\n  %s", first_label(x, a, t));
-    formula(x, "ratio = e^(new - log pi)", "ppo_token_loss");
-    line(x, "        = e^(%s - %s) = %s", D(c->new_logprobs[t]), OP(p->logprobs[t]),
-         D(c->ratio[t]));
-    formula(x, "near  = clip(ratio, 1 - cliprange, 1 + cliprange)", "ppo_token_loss");
-    line(x, "        = clip(%s, %s, %s) = %s", D(c->ratio[t]), D(1 - e), D(1 + e), D(near));
-    formula(x, "loss  = max(-A * ratio, -A * near)", "ppo_token_loss");
-    line(x, "        = max(-%s * %s, -%s * %s)", OP(A), D(c->ratio[t]), OP(A), D(near));
-    line(x, "        = max(%s, %s) = %s", D(-A * c->ratio[t]), D(-A * near), D(c->loss[t]));
-    formula(x,
-            x->pt ? "inclin. = 0 se cortado; senão -A * ratio / tokens"
-                  : "slope = 0 if clipped, else -A * ratio / tokens",
-            "ppo_loss");
-    line(x, "        = %s", D(c->dlogprob[t]));
+
+    /* nothing teaches the clip like a token that it stops, next to one that it does not */
+    tell_ppo_token(x, a, p, c, 0);
+    for (size_t t = 1; t < a->start[1]; t++) {
+        if (!c->is_clipped[t])
+            continue;
+        tell_ppo_token(x, a, p, c, t);
+        break;
+    }
 }
 
 /* Steps 4 and 5: the value head's loss, and both together. */
@@ -12841,7 +12880,7 @@ static void tell_ppo_value(struct Explain *x, const struct Answers *a, const str
                            const struct PPOCells *c) {
     const struct TableColumn columns[] = {
         {.head = "value", .at = doubles(x, p->values, a->R)},
-        {.head = "new", .at = doubles(x, c->new_values, a->R)},
+        {.head = x->pt ? "agora" : "now", .at = doubles(x, c->new_values, a->R)},
         {.head = "return", .at = doubles(x, p->returns, a->R)},
         {.head = "loss", .at = c->value_loss, .name = "value_losses"},
         {.head = x->pt ? "inclin." : "slope", .at = c->dvalue, .name = "dvalues"},
@@ -12856,24 +12895,23 @@ static void tell_ppo_value(struct Explain *x, const struct Answers *a, const str
     tell(x, PPO_TEXT[3]);
     tell_answers(x, a, columns, COUNT(columns));
     line(x, "\n  %s", first_label(x, a, t));
-    formula(x, "near  = clip(new, value +- cliprange_value)", "ppo_value_loss");
+    formula(x, "near  = clip(now, value +- cliprange_value)", "ppo_value_loss");
     line(x, "        = clip(%s, %s, %s) = %s", D(c->new_values[t]), D(p->values[t] - r),
          D(p->values[t] + r), D(near));
-    formula(x, "loss  = 1/2 max((new - return)^2, (near - return)^2)", "ppo_value_loss");
+    formula(x, "loss  = 1/2 max((now - return)^2, (near - return)^2)", "ppo_value_loss");
     line(x, "        = 1/2 max(%s^2, %s^2) = %s", OP(error), OP(near - p->returns[t]),
          D(c->value_loss[t]));
     formula(x,
-            x->pt ? "inclin. = 0 se cortada; senão vf_coef (new - return) / tokens"
-                  : "slope = 0 if clipped, else vf_coef (new - return) / tokens",
+            x->pt ? "inclin. = 0 se cortada, senão vf_coef (now - return) / n"
+                  : "slope = 0 if clipped, else vf_coef (now - return) / n",
             "ppo_loss");
     line(x, "        = %s", D(c->dvalue[t]));
 
     tell(x, PPO_TEXT[4]);
-    formula(x,
-            x->pt ? "policy_loss, value_loss: médias das colunas loss"
-                  : "policy_loss, value_loss: means of the loss columns",
-            "ppo_loss");
-    line(x, "              = %s     value_loss = %s", D(c->total.policy), D(c->total.value));
+    formula(x, "policy_loss = mean of the loss column of 3", "ppo_loss");
+    line(x, "              = %s", D(c->total.policy));
+    formula(x, "value_loss  = mean of the loss column of 4", "ppo_loss");
+    line(x, "              = %s", D(c->total.value));
     line(x, "  loss        = policy_loss + vf_coef * value_loss");
     line(x, "              = %s + %s * %s = %s", D(c->total.policy), D(c->config.vf_coef),
          D(c->total.value), D(c->total.total));
@@ -13000,12 +13038,12 @@ static void explain_dpo(struct Explain *x) {
 static const char *const EXACT_TEXT[][2] = {
     {"Where all answers can be listed, the best policy can be written down: the reference, each "
      "answer weighted by e^(reward / beta), divided by the sum Z. A small beta lets the policy "
-     "go far from the reference, a large one keeps it near. In the built-in example all "
-     "other answers are one row.",
+     "go far from the reference, a large one keeps it near. The rows of the built-in example: "
+     "answer 1, answer 2 and everything else.",
      "Onde todas as respostas podem ser listadas, a melhor política pode ser escrita: a "
      "referência, cada resposta ponderada por e^(recompensa / beta), dividida pela soma Z. Um "
      "beta pequeno deixa a política ir longe da referência, um grande a mantém perto. As linhas "
-     "do exemplo: resposta 1, resposta 2 e todo o resto."},
+     "do exemplo que vem pronto: resposta 1, resposta 2 e todo o resto."},
     {"The objective J is the expected reward minus beta times the KL from the reference. The "
      "reference itself pays nothing. At the optimum J is beta log Z, and no policy has more: PPO "
      "and DPO can only come near.",
@@ -13023,6 +13061,16 @@ static double *ref_probabilities(struct Explain *x, size_t n) {
     CHECK(fabs(sum - 1) < 1e-4, "%sref_probabilities: they sum to %.6g; 1 was expected", x->place,
           sum);
     return p;
+}
+
+/* log Z, and the optimum; with a small beta the weights are too large to be shown. */
+static double explain_optimum(struct Explain *x, const double *logps, const double *r, size_t n,
+                              double *optimum) {
+    double log_Z = exact_optimum(logps, r, n, get_number(x->example, "beta"), optimum);
+    CHECK(fabs(log_Z) < 700,
+          "%s\"beta\": e^(reward / beta) is too large to be shown, expected a larger beta",
+          x->place);
+    return log_Z;
 }
 
 /* explain exact -- the closed form, over answers that can be counted on one hand. */
@@ -13044,7 +13092,7 @@ static void explain_exact(struct Explain *x) {
         logps[i] = log(ref[i]);
 
     /* 2. The optimum, and what both policies are worth. */
-    w.log_Z = exact_optimum(logps, w.r, n, w.beta, optimum);
+    w.log_Z = explain_optimum(x, logps, w.r, n, optimum);
     for (size_t i = 0; i < n; i++) {
         weight[i] = exp(optimum[i] + w.log_Z);
         best[i] = exp(optimum[i]);
@@ -13090,8 +13138,8 @@ static const struct Topic {
      "penalidade, temperatura, top-k, top-p e o sorteio", explain_sampling},
     {"omega", "the log-probability of a whole answer",
      "a log-probabilidade de uma resposta inteira", explain_omega},
-    {"kl", "how far the policy is from the reference", "a que distância a política está",
-     explain_kl},
+    {"kl", "how far the policy is from the reference",
+     "a que distância da referência a política está", explain_kl},
     {"reward", "what a reward model learns from a pair",
      "o que um modelo de recompensa aprende com um par", explain_reward},
     {"reinforce", "scores become a gradient: baseline and advantage",
@@ -13268,7 +13316,10 @@ static void output_close(struct Output *out) {
      *    is full, so each is checked; the file is closed whether or not one failed. */
     bool good = fflush(out->file) == 0 && !ferror(out->file) && fsync(fileno(out->file)) == 0;
     int error = errno;
-    good = fclose(out->file) == 0 && good;
+    if (fclose(out->file) != 0 && good) {
+        error = errno;
+        good = false;
+    }
 
     /* 2. An incomplete file is removed; an older one of this name stays. */
     if (!good)
@@ -16877,8 +16928,8 @@ static void report_write_rows(FILE *file, const struct Json *list) {
     fputs("</tr></table>\n", file);
 }
 
-/* Any JSON, for a reader without scripts; of a list, numbers are divided by commas, and texts, the
- * tokens of an answer, are written one after another. */
+/* Numbers, texts and lists, for a reader without scripts; of a list, numbers are divided by commas,
+ * and texts, the tokens of an answer, are written one after another. */
 static void report_write_plain(FILE *file, const struct Json *json) {
     bool is_list = json->type == JSON_ARRAY;
     if (json->type == JSON_STRING)
@@ -17564,7 +17615,7 @@ static const struct {
     {"num_train_epochs", "epochs, n_epochs"},
     {"ppo_epochs", "epochs"},
     {"max_steps", "steps, max_iters"},
-    {"per_device_train_batch_size", "batch_size, train_batch_size, per_device_eval_batch_size"},
+    {"per_device_train_batch_size", "batch_size, train_batch_size"},
     {"batch_size", "train_batch_size, per_device_train_batch_size"},
     {"mini_batch_size", "backward_batch_size"},
     {"init_kl_coef", "kl_coef, beta"},
@@ -19209,7 +19260,7 @@ static const char *topic_adds(const char *topic) {
     return NULL;
 }
 
-/* Where an example comes from, and for which topic. */
+/* An example that is being read: where its memory comes from, and for which topic. */
 struct ExampleReader {
     struct Arena *arena;
     const char *topic;
@@ -19551,7 +19602,8 @@ static struct Rollout *explain_answers(struct Options *o) {
     return rollouts;
 }
 
-/* Which numbers of a token each topic wants, and under which name: `ref_` in front, or nothing. */
+/* Which numbers of a token each topic wants, and under which name: `ref_`, `new_` or
+ * nothing in front. */
 enum Column { LOGPROBS, REF_LOGPROBS, VALUES, REWARDS, NEW_LOGPROBS, NEW_VALUES, COLUMNS };
 static const struct {
     const char *topics, *before, *name;
@@ -19594,7 +19646,7 @@ static void example_of_answers(struct Options *o, struct Json *example, const ch
         warn("%s: has no value head; a new one is used, as PPO starts with", o->model_name_or_path);
     struct RolloutTrainer *trainer = ppo_trainer_new(o->model, o->reference, config, o->train, 1);
 
-    /* 2. Steps 2, 3 and 5 of ppo_step; the topics do the rest themselves. */
+    /* 2. Steps 2 to 5 of ppo_step; the topics do the rest themselves. */
     struct PPOBatch p = ppo_evaluate_rollouts(trainer, rollouts);
     ppo_rewards(trainer, &p, (float[]){rollouts[0].score, rollouts[1].score});
     ppo_advantages(&config, &p);
@@ -20009,9 +20061,10 @@ static int pass_over(struct Options *o, const struct PassedOver *flag, const cha
     return taken;
 }
 
-/* The next argument if it is this flag's value, otherwise NULL. Another flag is never a value. If
- * the command also takes words, a boolean takes only "true" or "false", in upper or lower case, so
- * that all other words are left to the command. */
+/* The next argument if it is this flag's value, otherwise NULL. Another flag is never a value; what
+ * begins like one but has a space in it, as a prompt may, is none. If the command also takes words,
+ * a boolean takes only "true" or "false", in upper or lower case, so that all other words are left
+ * to the command. */
 static const char *value_after(const struct Flag *flag, const struct Command *command,
                                const char *next) {
     bool truth;
@@ -20260,7 +20313,7 @@ static void print_help(const struct Command *command) {
     struct Options defaults = default_options(command->name);
     const char *heading = NULL;
     printf("align %s -- ", command->name);
-    print_wrapped(command->what, sizeof "align -- " - 1 + strlen(command->name));
+    print_wrapped(command->what, strlen("align  -- ") + strlen(command->name));
     puts("\nIn [brackets]: the default. A boolean may stand bare, be --no_so or have a value. A "
          "name may be cut\n"
          "short as far as it fits one flag alone, and have dashes for underscores.");
