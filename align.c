@@ -201,6 +201,15 @@ static size_t peak_rss_bytes(void); /* the most memory that the program has had 
 #define SANITIZED 0
 #endif
 
+/* WIDE: gcc compiles a function three times, for AVX-512, AVX2 and any x86-64, and the loader picks
+ * the version that suits the processor. The first one may use fused multiply-adds, which round once
+ * where the others round twice. (Not under sanitizers, which start after the loader.) */
+#if defined(__x86_64__) && defined(__GLIBC__) && !SANITIZED
+#define WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
+#else
+#define WIDE
+#endif
+
 /* =============================================================================================
  * Part I - The ideas
  *
@@ -419,8 +428,8 @@ static double log_sigmoid(double x) {
 
 /* The largest of n numbers; y_i = e^(x_i - shift), and the sum of these; e^x. They are written for
  * speed, at the head of Part II. */
-static float row_max(const float *x, size_t n);
-static float row_exp(float *y, const float *x, float shift, size_t n);
+WIDE static float row_max(const float *x, size_t n);
+WIDE static float row_exp(float *y, const float *x, float shift, size_t n);
 static inline float exp_fast(float x);
 
 /* argmax -- the index of the largest number (not its value): the token's id.
@@ -1888,15 +1897,6 @@ static void *thread_scratch(enum ScratchSlot slot, size_t count, size_t size) {
  * Sums and maxima over a row, and e^x, written so that a compiler can turn them into vector
  * instructions: 16 numbers at a time, and no function call for e^x. A first reader can skip them:
  * row_max, row_sum, row_dot and row_exp do what their names say. */
-
-/* WIDE: gcc compiles a function three times, for AVX-512, AVX2 and any x86-64, and the loader picks
- * the version that suits the processor. The first one may use fused multiply-adds, which round once
- * where the others round twice. (Not under sanitizers, which start after the loader.) */
-#if defined(__x86_64__) && defined(__GLIBC__) && !SANITIZED
-#define WIDE __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define WIDE
-#endif
 
 /* The 32 bits of a float as an integer, and back. */
 static inline uint32_t bits_of_float(float x) {
