@@ -428,8 +428,8 @@ static double log_sigmoid(double x) {
 
 /* The largest of n numbers; y_i = e^(x_i - shift), and the sum of these; e^x. They are written for
  * speed, at the head of Part II. */
-WIDE static float row_max(const float *x, size_t n);
-WIDE static float row_exp(float *y, const float *x, float shift, size_t n);
+static float row_max(const float *x, size_t n);
+static float row_exp(float *y, const float *x, float shift, size_t n);
 static inline float exp_fast(float x);
 
 /* argmax -- the index of the largest number (not its value): the token's id.
@@ -1962,7 +1962,7 @@ static inline int32_t order_key(int32_t bits) {
     return bits ^ (int32_t)((uint32_t)(bits >> 31) >> 1);
 }
 
-WIDE static float row_max(const float *x, size_t n) {
+WIDE static float wide_max(const float *x, size_t n) {
     /* 1. Integers are compared, which needs no branch. INT32_MIN is below every key. */
     int32_t lane[LANES];
     int32_t most = INT32_MIN;
@@ -1980,6 +1980,12 @@ WIDE static float row_max(const float *x, size_t n) {
     for (; i < n; i++)
         most = MAX(most, order_key((int32_t)bits_of_float(x[i])));
     return float_of_bits((uint32_t)order_key(most));
+}
+
+/* Chapter 2 declares row_max and row_exp before they stand here. clang cannot call one of a
+ * function's three versions that way, so they are plain functions that call these. */
+static float row_max(const float *x, size_t n) {
+    return wide_max(x, n);
 }
 
 /* The 16 sums added up in pairs, as in a tournament: 16 become 8, 4, 2, 1. */
@@ -2017,10 +2023,14 @@ WIDE static float row_dot(const float *x, const float *y, size_t n) {
 }
 
 /* y = e^(x - shift), number by number; returns the sum of y. */
-WIDE static float row_exp(float *y, const float *x, float shift, size_t n) {
+WIDE static float wide_exp(float *y, const float *x, float shift, size_t n) {
     for (size_t i = 0; i < n; i++)
         y[i] = exp_fast(x[i] - shift);
     return row_sum(y, n);
+}
+
+static float row_exp(float *y, const float *x, float shift, size_t n) {
+    return wide_exp(y, x, shift, n);
 }
 
 /* =============================================================================================
