@@ -8978,8 +8978,8 @@ static void test_glossary_find(void) {
     expect_true("what a term shows", strstr(words.data, "How far a distribution p")
                                          && strstr(words.data, "Qu\xc3\xa3o longe uma")
                                          && strstr(words.data, "\n- Test: `kl`\n")
-                                         && strstr(words.data, "\n- Try: `./align explain kl -40 "
-                                                               "docs/reviews.jsonl > ")
+                                         && strstr(words.data, "\n- Try: `./align explain kl && "
+                                                               "head")
                                          && strstr(words.data, "\n- See also: "));
 #undef NEAREST
 #undef KL
