@@ -1645,6 +1645,7 @@ static int compare_candidates_down(const void *a, const void *b) {
 static int compare_candidates_top_p(const void *a, const void *b) {
     const struct Candidate *x = a;
     const struct Candidate *y = b;
+    /* larger logits first */
     if (x->value != y->value)
         return (x->value < y->value) - (x->value > y->value);
     return (x->id < y->id) - (x->id > y->id);
@@ -2001,6 +2002,7 @@ WIDE static float row_sum(const float *x, size_t n) {
     float lane[LANES] = {0};
     float result = 0;
     size_t i = 0;
+    /* 16 sums side by side, then the numbers that are left over, then the 16 as one */
     for (; i + LANES <= n; i += LANES)
         for (size_t j = 0; j < LANES; j++)
             lane[j] += x[i + j];
@@ -2362,12 +2364,14 @@ static void pieces_merge(struct WordPieces *word, int32_t left, int id) {
 /* Step 1 of tokenizer_encode_word: one piece for each of n bytes, and in the heap every pair of
  * neighbours that can merge. */
 static void pieces_start(struct WordPieces *word, const unsigned char *bytes, size_t n) {
+    /* each byte is a token already, and knows its neighbours; -1: it has none on that side */
     for (size_t i = 0; i < n; i++)
         word->piece[i] = (struct Piece){
             .id = word->tok->byte_token[bytes[i]],
             .prev = (int32_t)i - 1,
             .next = i + 1 < n ? (int32_t)i + 1 : -1,
         };
+    /* every pair of neighbours, if together they are a token */
     word->heap_size = 0;
     for (size_t i = 0; i + 1 < n; i++)
         pieces_offer(word, (int32_t)i);
@@ -5480,8 +5484,10 @@ static void adapter_merge(struct GPT2 *model) {
 static void lora_own_copy(struct Arena *arena, struct Linear *linear) {
     struct Tensor *A = &linear->lora_A;
     struct Tensor *B = &linear->lora_B;
+    /* a layer without an adapter has nothing to copy */
     if (!A->n)
         return;
+    /* the numbers only: a reference is never trained, so it needs no gradient */
     A->w = memcpy(arena_floats(arena, A->n), A->w, A->n * sizeof(float));
     B->w = memcpy(arena_floats(arena, B->n), B->w, B->n * sizeof(float));
 }
@@ -6099,6 +6105,7 @@ static struct Sequence sequence_start(struct Arena *arena, const int *ids, size_
 static struct Example *sequences_as_examples(struct Arena *arena, const struct Sequence *sequences,
                                              size_t n) {
     struct Example *examples = arena_alloc(arena, n, sizeof *examples);
+    /* the ids are shared, not copied: the sequence will not grow any more */
     for (size_t i = 0; i < n; i++)
         examples[i] =
             (struct Example){sequences[i].ids, sequences[i].n, sequences[i].prompt_length};
@@ -6110,7 +6117,9 @@ static struct Example *sequences_as_examples(struct Arena *arena, const struct S
  * on when the others end. */
 static struct Sequence answer_start(struct Arena *arena, const struct GPT2 *policy,
                                     const struct Example *prompt, size_t max_new, struct Rng *rng) {
+    /* drawn even where there is no room for an answer: the next one must not depend on that */
     struct Rng own = rng_seed(rng_next(rng), STREAM_SAMPLE);
+    /* what the prompt leaves of the context */
     size_t room = policy->config.n_positions - prompt->n;
     return sequence_start(arena, prompt->ids, prompt->n, MIN(max_new, room), policy, own);
 }
@@ -7758,6 +7767,7 @@ static size_t reward_texts(struct Trainer *trainer, struct Arena *arena, const s
     struct RewardTask *task = trainer->task.data;
     size_t max_length = trainer->args.max_length;
     size_t count = 0;
+    /* how many rows cannot be used, and why: told at the end */
     size_t too_long = 0;
     size_t equal = 0;
     struct Example *next = arena_alloc(arena, 2 * data->n, sizeof *next);
@@ -8213,6 +8223,7 @@ static struct RolloutTrainer *reinforce_trainer_new(struct GPT2 *model, struct G
                                                     struct TrainingArguments args,
                                                     double temperature) {
     struct RolloutTrainer *trainer = rollout_trainer_new(model, ref_model, args, temperature);
+    /* beta stays as it is: the controller belongs to PPO */
     trainer->algorithm = ALGORITHM_REINFORCE;
     trainer->name = "reinforce";
     trainer->kl_coef = config.beta;
@@ -8610,6 +8621,7 @@ static struct PPOForward *ppo_forward(struct RolloutTrainer *trainer, struct Are
 
 /* Room for what later steps compute, one number per response token. */
 static void ppo_batch_columns(struct PPOBatch *p, struct Arena *arena) {
+    /* one number for each token of an answer; what they mean is said at struct PPOBatch */
     p->kl = arena_floats(arena, p->R);
     p->non_score_rewards = arena_floats(arena, p->R);
     p->rewards = arena_floats(arena, p->R);
@@ -8883,11 +8895,15 @@ static void ppo_trace_begin(struct RolloutTrainer *trainer, const struct Rollout
 /* An epoch is done: what does the policy say of these answers now? */
 static void ppo_trace_epoch(struct RolloutTrainer *trainer) {
     struct PPOTrace *trace = &trainer->ppo.trace;
+    /* most steps are not shown: nothing is read again for them */
     if (trace->answers == 0)
         return;
+    /* The policy as it is after this epoch reads the same answers once more, in memory of its
+     * own, since the step still needs what is in its arena. */
     struct Arena arena = {0};
     struct Example *examples = rollout_examples(&arena, trace->rollouts, trace->answers);
     struct PPOForward *now = ppo_forward(trainer, &arena, examples, trace->answers, false);
+    /* row 0 is what the policy that wrote them said; a row follows for each epoch */
     trace->epochs++;
     memcpy(trace->logprobs + trace->epochs * trace->R, now->head.logprob,
            trace->R * sizeof *trace->logprobs);
@@ -9205,6 +9221,7 @@ static void ppo_lap(struct PPOClock *clock, enum PPOLap lap) {
 
 /* Logs the times, in TRL's names. */
 static void ppo_record_times(struct RolloutTrainer *trainer, const struct PPOClock *clock) {
+    /* TRL's names; what lies between two laps belongs to the later one */
     log_value(&trainer->stats, "time/ppo/forward_pass", clock->lap[LAP_FORWARD]);
     log_value(&trainer->stats, "time/ppo/compute_rewards", clock->lap[LAP_REWARDS]);
     log_value(&trainer->stats, "time/ppo/compute_advantages", clock->lap[LAP_ADVANTAGES]);
@@ -10840,6 +10857,8 @@ static size_t course_collect(struct Course *course, size_t n, struct Example *pa
 
 /* The examination that policies sit, with the first n of its prompts. */
 static struct Examination course_examination(const struct Course *course, size_t n) {
+    /* all policies answer the same prompts with the same random numbers, so that they can be
+     * compared */
     return (struct Examination){
         .ref_model = course->language_model,
         .scorer = &course->scorer,
@@ -10856,12 +10875,14 @@ static struct Examination course_examination(const struct Course *course, size_t
  * By hand: rewards 1, 3, 2, 0: best of 1: 1.5; of 2: (3 + 2) / 2; of 4: 3.    test: best_of_n */
 static float best_of_n(const float *reward, size_t count, size_t n) {
     double sum = 0;
+    /* each group of n answers is one try: its best answer is what would be kept */
     for (size_t first = 0; first + n <= count; first += n) {
         float best = reward[first];
         for (size_t i = first; i < first + n; i++)
             best = MAX(best, reward[i]);
         sum += best;
     }
+    /* answers that do not fill a group are left out */
     return (float)(sum / (double)(count / n));
 }
 
@@ -10890,8 +10911,10 @@ static void course_best_of_n(struct Course *course) {
 /* DPO on its way: what has it gained so far, and at what cost? */
 static void course_measure(struct Trainer *trainer) {
     struct Arena arena = {0};
+    /* the same prompts at each step, few of them: this is a curve, not the examination */
     struct Examination exam = course_examination(trainer->task.measure_data, COURSE_FEW_PROMPTS);
     struct PolicyResult result = policy_measure(trainer->model, &exam, &arena);
+    /* an entry of its own in the log, as an evaluation has */
     struct LogEntry *entry = state_log(&trainer->state);
     log_value(entry, "eval_reward", result.mean_reward);
     log_value(entry, "eval_kl", result.kl);
@@ -11100,10 +11123,12 @@ static void put_floats(struct Explain *x, const char *key, const float *values, 
 static void tell_row(struct Explain *x, const char *key, const char *label, const float *values,
                      size_t n) {
     put_floats(x, key, values, n);
+    /* with --json put_floats has written the numbers, and there is nothing to lay out */
     if (x->json)
         return;
     x->begun = true;
     printf("  %-10s", label);
+    /* a space in front of each number, so that a long one cannot touch its neighbour */
     for (size_t i = 0; i < n; i++)
         printf(" %8.4f", values[i]);
     putchar('\n');
@@ -11127,11 +11152,13 @@ enum { BPE_BYTES = 12 }; /* of a word whose pieces fit in a line */
 /* The longest word of a text, of BPE_BYTES or less. */
 static struct Text bpe_word(const struct Tokenizer *tok, struct Text text) {
     struct Text longest = {0};
+    /* the words of the text one after the other, as tokenizer_encode finds them */
     for (size_t i = 0, end; i < text.length; i = end) {
         end = tokenizer_word_end(tok, (const unsigned char *)text.data, i, text.length);
         if (end - i > longest.length && end - i <= BPE_BYTES)
             longest = (struct Text){text.data + i, end - i};
     }
+    /* a word that is too long would not fit in a line */
     CHECK(longest.length > 0, "--prompt: a word of 1 to %d bytes was expected", BPE_BYTES);
     return longest;
 }
@@ -11141,6 +11168,7 @@ static void tell_pieces(struct Explain *x, const struct WordPieces *word, const 
     if (x->json)
         return;
     printf("  %s", before);
+    /* the list is linked: piece 0 is always the first, and `next` leads to the others */
     for (int32_t i = 0; i >= 0; i = word->piece[i].next)
         json_write_string(stdout, " ", word->tok->token[word->piece[i].id]);
     putchar('\n');
@@ -11178,6 +11206,7 @@ static void explain_bpe(struct Explain *x) {
     }
 
     /* 3. What is left. */
+    /* the ids as text */
     const char *list = "";
     for (size_t i = 0; i < pieces_ids(&word, ids); i++)
         list = arena_printf(x->arena, "%s %d", list, ids[i]);
@@ -11216,6 +11245,7 @@ static void tell_omegas(struct Explain *x) {
                                          {-1.79f, -0.60f, -0.80f, -0.50f}};
     const float *c = logprobs[0];
     float omega[2];
+    /* the two answers of the common example, token by token */
     line(x, "  %-10s %8s %8s   %-10s %8s %8s", "chosen", "log p", "p", "rejected", "log p", "p");
     for (size_t t = 0; t < 4; t++)
         line(x, "  %s %8.2f %8.4f   %s %8.2f %8.4f", token_label(x, text_of(tokens[0][t]), 10),
@@ -11229,6 +11259,7 @@ static void tell_omegas(struct Explain *x) {
          omega[1], exp(omega[1]));
     line(x, "  omega = %.2f + %.2f + %.2f + %.2f = %.2f   sequence_logprob", c[0], c[1], c[2], c[3],
          omega[0]);
+    /* the same numbers for --json */
     put_floats(x, "chosen_logprobs", c, 4);
     put_floats(x, "rejected_logprobs", logprobs[1], 4);
     put_floats(x, "omega", omega, 2);
@@ -11242,6 +11273,7 @@ static void explain_omega(struct Explain *x) {
         {{0, 1, 0.5f, 1.5f}, {1, 0, 0.5f, 0.5f}, {1.5f, 1, -1, 1}, {0.5f, 1.5f, 1, 0}};
     float scratch[4];
     float first_lse = log_sum_exp(first, 4, scratch);
+    /* if the table is right, its 16 probabilities will sum to 1 */
     float total = 0;
 
     /* 1. One answer: a chain of choices. */
@@ -11316,6 +11348,7 @@ static struct AttentionExample attention_builtin(struct Explain *x) {
     /* a row for each token: query, key, value, two numbers each. " is" looks for its subject: its
      * query points where the key of " film" does. */
     static const float qkv[] = {1, 1, 0, 1, 0, 1, 1, 0, 2, 0, 2, 0, 2, 0, 1, 1, 1, 1};
+    /* three tokens, one sequence; the last token is read, too, since attention is about reading */
     struct Example text = {(int[]){0, 1, 2}, 3, 0};
     return (struct AttentionExample){
         .batch = collate(x->arena, &text, 1, READ_LAST),
@@ -11353,6 +11386,8 @@ static void tell_qkv(struct Explain *x, const struct AttentionExample *a) {
     size_t C = a->shape.C;
     size_t last = a->shape.HS > 1;
     line(x, "  %-10s %17s %17s %17s", "", "q", "k", "v");
+    /* one row of qkv holds the query, the key and the value of a token, side by side (chapter
+     * 10) */
     for (size_t t = 0; t < a->batch.N; t++) {
         const float *q = a->qkv + t * 3 * C;
         const float *k = q + C;
@@ -11368,9 +11403,11 @@ static void tell_square(struct Explain *x, const char *key, const struct Attenti
                         const float *p, size_t seen) {
     size_t T = a->batch.N;
     const char *head = "";
+    /* the columns are the tokens that are asked, the rows those that ask */
     for (size_t j = 0; j < T; j++)
         head = arena_printf(x->arena, "%s %s", head, token_label(x, a->tokens[j], 8));
     line(x, "  %-10s%s", "", head);
+    /* a row ends at its own token, unless the mask is not to be shown yet */
     for (size_t t = 0; t < T; t++)
         tell_row(x, arena_printf(x->arena, "%s_%zu", key, t), token_label(x, a->tokens[t], 10),
                  p + t * T, MIN(T, t + 1 + seen));
@@ -11381,10 +11418,12 @@ static void explain_attention(struct Explain *x) {
     struct AttentionExample a = x->model ? attention_of_model(x) : attention_builtin(x);
     size_t T = a.batch.N;
     size_t C = a.shape.C;
+    /* head 0 stands for all: each has columns of its own and knows nothing of the others */
     struct AttentionHead head = attention_head(a.qkv, &a.batch, a.shape, 0);
     float *p = arena_floats(x->arena, T * T);
     float *out = arena_floats(x->arena, T * C);
     float *lse = arena_floats(x->arena, T * a.shape.NH);
+    /* what the head reads, before it does anything */
     tell(x, ATTENTION_TEXT[0]);
     tell_qkv(x, &a);
 
@@ -11450,6 +11489,7 @@ static const char *const LORA_TEXT[][2] = {
 /* A matrix, a row a line. */
 static void tell_matrix(struct Explain *x, const char *key, const struct Tensor *t) {
     size_t columns = t->shape[1];
+    /* only the first row has the name; the others are under it */
     for (size_t i = 0; i < t->shape[0]; i++)
         tell_row(x, arena_printf(x->arena, "%s_%zu", key, i), i ? "" : key, t->w + i * columns,
                  columns);
@@ -11461,6 +11501,7 @@ static void tell_lora_forward(struct Explain *x, const char *key, const struct L
     /* with rank 1, u is a single number */
     size_t N = layer->weight.shape[0];
     double u = layer->lora_scale * row_dot(input, layer->lora_A.w, N);
+    /* the frozen part alone, then the adapter adds its own */
     linear_forward(y, input, 1, &layer->weight, &layer->bias);
     float frozen = y[0];
     lora_forward(y, input, layer, 1);
@@ -11480,8 +11521,10 @@ static void explain_lora(struct Explain *x) {
         .lora_B = {.w = (float[N]){0}, .d = (float[N]){0}, .shape = {N, 1}, .n = N},
         .lora_scale = adapter_scale(&adapter),
     };
+    /* plain gradient descent, so that the step can be followed: w - lr * dw */
     struct TrainingArguments args = {.optim = OPTIM_SGD};
     struct OptimizerStep step = optimizer_step_of(&args, 0.1, 1, 1, 0);
+    /* one row of input, and a slope of the loss by the output that stays the same throughout */
     const float input[] = {1, 2, 1};
     const float dy[] = {1, -1, 0.5f};
     float y[N];
@@ -11531,6 +11574,7 @@ static const char *const ADAMW_TEXT[][2] = {
 
 /* A step of one weight by adamw_piece, then its lines with their numbers. */
 static void tell_adamw_step(struct Explain *x, size_t t, float g, float *w, float *m, float *v) {
+    /* beta1, beta2 and epsilon are the defaults of every training */
     struct TrainingArguments args = training_arguments();
     /* 1. The step. */
     struct OptimizerStep s = optimizer_step_of(&args, 0.1, t, 1, 0.1);
@@ -11553,6 +11597,7 @@ static void tell_adamw_step(struct Explain *x, size_t t, float g, float *w, floa
          sqrtf(v_hat), step);
     line(x, "  w     = w (1 - lr weight_decay) - step = %.4f * %.2f - %.4f = %.4f", old_w,
          s.decay_factor, step, *w);
+    /* the same numbers for --json, a list for each step */
     put_floats(x, arena_printf(x->arena, "step_%zu", t),
                (float[]){g, *m, *v, m_hat, v_hat, step, *w}, 7);
 }
@@ -11562,6 +11607,7 @@ static void explain_adamw(struct Explain *x) {
     float w = 2;
     float m = 0;
     float v = 0;
+    /* the weight starts at 2, its two running means at 0, as every training does */
     tell(x, ADAMW_TEXT[0]);
     tell_adamw_step(x, 1, 0.3f, &w, &m, &v);
     tell_adamw_step(x, 2, -0.1f, &w, &m, &v);
@@ -11599,6 +11645,7 @@ static const float BEAM_P[][BEAM_V] = {
 /* A search before its first step. The model only lends it its sizes. */
 static struct BeamSearch beam_begin(struct Explain *x, const struct GPT2 *model,
                                     const struct GenerationConfig *config) {
+    /* no random numbers are needed: nothing is drawn */
     struct Sequence *start = arena_alloc(x->arena, 1, sizeof *start);
     *start = sequence_start(x->arena, (int[]){BEAM_PROMPT}, 1, BEAM_STEPS, model, (struct Rng){0});
     return beam_search_new(x->arena, model, start, config);
@@ -11607,6 +11654,7 @@ static struct BeamSearch beam_begin(struct Explain *x, const struct GPT2 *model,
 /* One step; returns the scores (running,V) of all continuations. The beams that were continued are
  * in search->next afterwards. */
 static float *beam_step(struct Explain *x, struct BeamSearch *search) {
+    /* all continuations of all running beams; beam_advance picks among them */
     float *scores = arena_floats(x->arena, search->config->num_beams * BEAM_V);
     for (size_t b = 0; b < search->running_count; b++) {
         /* the table knows only the last token; a model would read them all */
@@ -11621,6 +11669,7 @@ static float *beam_step(struct Explain *x, struct BeamSearch *search) {
 /* A beam's tokens after the prompt, and `last`, in quotes. */
 static const char *beam_text(struct Explain *x, const struct Sequence *beam, const char *last) {
     const char *text = "";
+    /* place 0 is the prompt */
     for (size_t i = 1; i < beam->n; i++)
         text = arena_printf(x->arena, "%s%s", text, BEAM_TOKENS[beam->ids[i]]);
     return arena_printf(x->arena, "\"%s%s\"", text, last);
@@ -11650,6 +11699,7 @@ static const char *beam_fate(struct Explain *x, const struct BeamSearch *search,
 static void tell_beam_step(struct Explain *x, struct BeamSearch *search, size_t step) {
     struct Candidate candidates[2 * BEAM_V];
     size_t n = search->running_count * BEAM_V;
+    /* first the step is taken, then it is told: what became of each candidate is known only then */
     float *scores = beam_step(x, search);
     put_floats(x, arena_printf(x->arena, "step_%zu", step), scores, n);
 
@@ -11670,6 +11720,7 @@ static void tell_beam_step(struct Explain *x, struct BeamSearch *search, size_t 
 static void tell_beam_best(struct Explain *x, const struct GPT2 *model, size_t num_beams,
                            double length_penalty) {
     struct GenerationConfig config = generation_config();
+    /* only these two settings differ from one search to the next */
     config.num_beams = num_beams;
     config.length_penalty = length_penalty;
     /* the same search from its start: other settings keep other beams */
@@ -11687,6 +11738,7 @@ static void explain_beam(struct Explain *x) {
     struct GPT2 *model =
         gpt2_new((struct GPT2Config){BEAM_V, 8, 1, 1, 1, .eos_token_id = BEAM_END});
     struct GenerationConfig config = generation_config();
+    /* two beams: enough to see one overtake the other, and few enough to show them all */
     config.num_beams = 2;
 
     /* 1. The table that stands in for a model. */
@@ -11773,14 +11825,17 @@ static struct GPT2 *backprop_model(void) {
     for (size_t i = 0; i < model->tensor_count; i++)
         if (model->tensors[i]->ndim == 2)
             tensor_normal(model->tensors[i], &rng, 0.5);
+    /* from here on each tensor has a gradient, d, beside its weights */
     gpt2_make_trainable(model);
     return model;
 }
 
 /* PPO's policy loss of the answer, with the model as it is now. */
 static double backprop_loss(struct Explain *x, struct Backprop *b) {
+    /* forward through the whole model; `true` keeps what the backward pass needs */
     b->head = batch_logprobs(b->model, x->arena, &b->batch, 1, true);
     b->tokens.logprobs = b->head.logprob;
+    /* ppo_loss also leaves the slope by each log-probability in tokens */
     return ppo_loss(&b->config, &b->tokens).policy;
 }
 
@@ -11800,6 +11855,7 @@ static struct Backprop backprop_begin(struct Explain *x) {
     };
     /* the value head is left out: its loss would only be a second summand of dhidden */
     float *zeros = arena_zeros(x->arena, BACK_R, sizeof *zeros);
+    /* what ppo_loss reads: as in a mini-batch of one answer */
     b.tokens = (struct PPOTokens){
         .R = BACK_R,
         .old_logprobs = arena_zeros(x->arena, BACK_R, sizeof(float)),
@@ -11824,6 +11880,8 @@ static struct Backprop backprop_begin(struct Explain *x) {
 /* Step 1: the loss of each token, and its slope. */
 static void tell_backprop_loss(struct Explain *x, struct Backprop *b) {
     float loss = (float)backprop_loss(x, b);
+    /* the table repeats chapter 4's ppo_token_loss, on log-probabilities that a model has
+     * computed */
     tell(x, BACKPROP_TEXT[1]);
     line(x, "  %-10s %8s %8s %8s %8s %8s", "token", "A", "log p", "ratio", "loss", "slope");
     for (size_t t = 0; t < BACK_R; t++) {
@@ -11860,6 +11918,8 @@ static void tell_backprop_logits(struct Explain *x, struct Backprop *b) {
 /* A row of step 3: a gradient's norm, and the number that is followed. */
 static void tell_gradient(struct Explain *x, const char *name, const float *d, size_t n,
                           float number, const char *function) {
+    /* the norm says how strong a gradient is as a whole; the number can be followed from row to
+     * row */
     float norm = (float)sqrt(square_sum(d, n));
     line(x, "  %-10s %8.4f %8.4f   %s", name, norm, number, function);
     put_floats(x, name, (float[]){norm, number}, 2);
@@ -11926,6 +11986,8 @@ static void tell_backprop_wte(struct Explain *x, struct Backprop *b) {
 static void explain_backprop(struct Explain *x) {
     struct Backprop b = backprop_begin(x);
     tell(x, BACKPROP_TEXT[0]);
+    /* in the order of ppo_backward and gpt2_backward: each call starts where the last one
+     * stopped */
     tell_backprop_loss(x, &b);
     tell_backprop_logits(x, &b);
     tell_backprop_model(x, &b);
@@ -11938,12 +12000,14 @@ static void explain_backprop(struct Explain *x) {
 /* A number with four decimals at most, without zeros at its end; a negative one in parentheses if
  * it stands after an operator.                                  By hand: 0.0500 becomes 0.05. */
 static const char *digits(struct Explain *x, double number, bool is_operand) {
+    /* very large and very small numbers are written with a power of ten */
     double size = fabs(number);
     if (size >= 1e5 || (size > 0 && size < 5e-5))
         return arena_printf(x->arena, number < 0 && is_operand ? "(%.2e)" : "%.2e", number);
     /* a number that rounds to 0 has no sign */
     char *text = arena_printf(x->arena, "%.4f", size == 0 ? 0 : number);
     size_t n = strlen(text);
+    /* 0.0500 is 0.05, and 2.0000 is 2 */
     while (text[n - 1] == '0')
         n--;
     n -= text[n - 1] == '.';
@@ -11959,6 +12023,7 @@ static const char *digits(struct Explain *x, double number, bool is_operand) {
 /* How many columns a text takes: UTF-8's continuation bytes, 10xxxxxx, take none of their own. */
 static size_t text_columns(const char *text) {
     size_t columns = 0;
+    /* é is two bytes, but one column */
     for (const char *at = text; *at; at++)
         columns += (*at & 0xc0) != 0x80;
     return columns;
@@ -11983,10 +12048,12 @@ struct TableColumn {
 static const char *cell(struct Explain *x, const struct TableColumn *column, size_t i) {
     double number = column->at[i];
     static const char *const words[2][2] = {{"no", "yes"}, {"não", "sim"}};
+    /* a truth value, in the reader's language */
     if (column->is_flags)
         return words[x->pt][number != 0];
     if (number == -INFINITY)
         return "-";
+    /* four decimals, or a power of ten where these would say nothing or take too much room */
     double size = fabs(number);
     bool is_plain = size == 0 || (size >= 5e-5 && size < 1e3);
     return arena_printf(x->arena, is_plain ? "%.4f" : "%.1e", size == 0 ? 0 : number);
@@ -12001,6 +12068,7 @@ static const char *flush_right(struct Explain *x, const char *text, size_t width
 /* The prompt that the tokens follow, if the example has one. */
 static void tell_prompt(struct Explain *x) {
     char *prompt = (char *)text_shown(x->arena, text_of(get_word(x->example, "prompt")), "").data;
+    /* an example may do without one; a long one is cut, the tables matter more */
     if (*prompt)
         line(x, "prompt \"%s\"", cut_text(prompt, 60));
 }
@@ -12031,6 +12099,7 @@ static void tell_table(struct Explain *x, struct Json *object, const char *token
 /* Floats as the cells of a column. */
 static double *doubles(struct Explain *x, const float *list, size_t n) {
     double *result = arena_alloc(x->arena, n, sizeof *result);
+    /* floats are what the functions of Part I take and return; a column holds doubles */
     for (size_t i = 0; i < n; i++)
         result[i] = list[i];
     return result;
@@ -12049,6 +12118,7 @@ struct Answers {
 static struct Answers answers_of(struct Explain *x, const char *list) {
     size_t n = get_count(x->example, "answers");
     struct Answers a = {n, 0, arena_zeros(x->arena, n + 1, sizeof(size_t)), get_answers(x)};
+    /* answers may have different lengths, so each starts where the one before it ends */
     for (size_t b = 0; b < n; b++)
         a.start[b + 1] = a.start[b] + get_count(a.object[b], list);
     a.R = a.start[n];
@@ -12058,6 +12128,7 @@ static struct Answers answers_of(struct Explain *x, const char *list) {
 /* A field of all answers, one after the other. */
 static float *answers_list(struct Explain *x, const struct Answers *a, const char *name) {
     float *all = arena_floats(x->arena, a->R);
+    /* one list after the other, without gaps: this is how a batch of PPO holds its tokens */
     for (size_t b = 0; b < a->n; b++)
         memcpy(all + a->start[b], get_list(x, a->object[b], name),
                (a->start[b + 1] - a->start[b]) * sizeof *all);
@@ -12068,6 +12139,7 @@ static float *answers_list(struct Explain *x, const struct Answers *a, const cha
 static void tell_answers(struct Explain *x, const struct Answers *a,
                          const struct TableColumn *columns, size_t count) {
     for (size_t b = 0; b < a->n; b++) {
+        /* a heading, then the rows of this answer's tokens */
         line(x, "%s%s %zu", b ? "\n" : "", x->pt ? "resposta" : "answer", b + 1);
         tell_table(x, a->object[b], "tokens", a->start[b], a->start[b + 1], columns, count);
     }
@@ -12077,6 +12149,7 @@ static void tell_answers(struct Explain *x, const struct Answers *a,
 static const char *first_label(struct Explain *x, const struct Answers *a, size_t t) {
     char *label = (char *)get_label(x, a->object[0], "tokens", t);
     size_t n = strlen(label);
+    /* get_label pads to the width of a column; in a formula the spaces would only disturb */
     while (n > 0 && label[n - 1] == ' ')
         n--;
     label[n] = 0;
@@ -12112,10 +12185,13 @@ static void explain_softmax(struct Explain *x) {
     double *log_p = arena_alloc(x->arena, n, sizeof *log_p);
     for (size_t i = 0; i < n; i++)
         scaled[i] = (float)(logits[i] / temperature);
+    /* softmax works in place, and the scaled logits are still needed */
     float *p = memcpy(arena_floats(x->arena, n), scaled, n * sizeof *p);
+    /* the denominator comes with it, as a logarithm */
     double lse = softmax(p, n);
     for (size_t i = 0; i < n; i++)
         log_p[i] = scaled[i] - lse;
+    /* how undecided is the model, and which token would greedy decoding take? */
     double entropy = entropy_of_logits(scaled, (float)lse, n);
     size_t most = argmax(scaled, n);
 
@@ -12135,6 +12211,7 @@ static void explain_softmax(struct Explain *x) {
     formula(x, "log p_0 = x_0 - log_sum_exp,  p_0 = e^(log p_0)", "softmax");
     line(x, "          = %s - %s = %s,  p_0 = e^%s = %s", D(scaled[0]), OP(lse), D(log_p[0]),
          OP(log_p[0]), D(p[0]));
+    /* decided or not? */
     formula(x, "entropy = -sum p log p", "entropy_of_logits");
     line(x, "          = %s nats;  log n = log %zu = %s", D(entropy), n, D(log((double)n)));
     line(x, "  argmax  = %-46s argmax", get_label(x, x->example, "tokens", most));
@@ -12166,6 +12243,7 @@ static const char *const SAMPLING_TEXT[][2] = {
 static float *logits_after(struct Explain *x, const float *logits, size_t n,
                            const struct GenerationConfig *config) {
     float *after = memcpy(arena_floats(x->arena, n), logits, n * sizeof *after);
+    /* no ids, no end token: the processors that look at these are switched off in config */
     process_logits(after, n, config, NULL, 0, 0, 0);
     return after;
 }
@@ -12205,11 +12283,14 @@ static struct SamplingSteps sampling_steps(struct Explain *x) {
                                       .temperature = s.temperature,
                                       .top_p = 1};
     s.penalized = penalized;
+    /* temperature alone */
     s.scaled = logits_after(x, s.penalized, s.n, &config);
     config.temperature = 1;
+    /* then top-k alone */
     config.top_k = (size_t)s.top_k;
     s.after_top_k = logits_after(x, s.scaled, s.n, &config);
     config.top_k = 0;
+    /* then top-p alone, on what top-k has left */
     config.top_p = s.top_p;
     s.after_top_p = logits_after(x, s.after_top_k, s.n, &config);
 
@@ -12224,6 +12305,7 @@ static struct SamplingSteps sampling_steps(struct Explain *x) {
 /* The running sums of what top-k has left, largest first: once one reaches top_p, the rest is
  * cut. */
 static void tell_top_p(struct Explain *x, const struct SamplingSteps *s) {
+    /* sorted as top_p_cut sees them: the most probable token first */
     struct Candidate *order = arena_alloc(x->arena, s->n, sizeof *order);
     float *p = memcpy(arena_floats(x->arena, s->n), s->after_top_k, s->n * sizeof *p);
     softmax(p, s->n);
@@ -12253,9 +12335,11 @@ static void tell_sampling_steps(struct Explain *x, const struct SamplingSteps *s
         line(x, "    %s %s %s %s = %s   %s", get_label(x, x->example, "tokens", id),
              D(s->logits[id]), s->logits[id] < 0 ? "*" : "/", OP(s->penalty), D(s->penalized[id]),
              x->pt ? "(já escrito)" : "(written already)");
+    /* token 0 stands for all: the temperature divides each logit */
     formula(x, "logit / temperature", "process_logits");
     line(x, "    %s %s / %s = %s", get_label(x, x->example, "tokens", 0), D(s->penalized[0]),
          D(s->temperature), D(s->scaled[0]));
+    /* the cuts compare all tokens, so there is no single token to show */
     const char *cut = x->pt ? "top_k %s: ficam os %s maiores (0: todos)"
                             : "top_k %s: the %s largest stay (0: all)";
     formula(x, arena_printf(x->arena, cut, D(s->top_k), D(s->top_k)), "process_top_k");
@@ -12267,7 +12351,9 @@ static void tell_sampling_steps(struct Explain *x, const struct SamplingSteps *s
 
 /* explain sampling -- from logits to a drawn token. */
 static void explain_sampling(struct Explain *x) {
+    /* everything is computed before the first word */
     struct SamplingSteps s = sampling_steps(x);
+    /* a column for each processor, in the order in which they act */
     const struct TableColumn columns[] = {
         {.head = "logit", .at = doubles(x, s.logits, s.n)},
         {.head = "penalty", .at = doubles(x, s.penalized, s.n), .name = "penalized"},
@@ -12315,6 +12401,7 @@ struct KLCells {
 static struct KLCells kl_cells(struct Explain *x) {
     size_t n = get_count(x->example, "p_logits");
     struct KLCells c = {.n = n};
+    /* five numbers for each token, in lists that the table can show */
     double **lists[] = {&c.log_p, &c.log_q, &c.p, &c.k1, &c.k3};
     for (size_t k = 0; k < COUNT(lists); k++)
         *lists[k] = arena_alloc(x->arena, n, sizeof(double));
@@ -12362,6 +12449,7 @@ static void explain_kl(struct Explain *x) {
     formula(x, "k3 = e^-k1 - 1 + k1", "kl_k3");
     line(x, "     = %s - 1 + %s = %s", D(exp(-c.k1[0])), OP(c.k1[0]), D(c.k3[0]));
     formula(x, "KL = sum_v p_v k1_v", "kl_exact");
+    /* the sum written out, at most four terms of it */
     const char *sum = "";
     for (size_t i = 0; i < MIN(c.n, (size_t)4); i++)
         sum = arena_printf(x->arena, "%s%s%s * %s", sum,
@@ -12406,6 +12494,7 @@ static void explain_reward(struct Explain *x) {
     double probability = sigmoid(chosen - rejected);
     double z = chosen - rejected - margin;
     double both = chosen + rejected;
+    /* 1. The probability of the preference, and the loss. */
     tell(x, REWARD_TEXT[0]);
     formula(x, "probability = sigmoid(chosen - rejected)", "sigmoid");
     line(x, "              = sigmoid(%s - %s) = %s", D(chosen), OP(rejected), D(probability));
@@ -12413,11 +12502,13 @@ static void explain_reward(struct Explain *x) {
     line(x, "       = %s - %s - %s = %s", D(chosen), OP(rejected), OP(margin), D(z));
     line(x, "  loss = -log sigmoid(z) + center (chosen + rejected)^2");
     line(x, "       = %s + %s * %s^2 = %s", D(-log_sigmoid(z)), D(center), OP(both), D(pair.loss));
+    /* 2. The slopes: the first term pushes the two apart, the second pulls their sum to 0. */
     tell(x, REWARD_TEXT[1]);
     formula(x, "dchosen   = -sigmoid(-z) + 2 center (chosen + rejected)", "bradley_terry_pair");
     line(x, "            = %s + 2 * %s * %s = %s", D(-sigmoid(-z)), D(center), OP(both),
          D(pair.dchosen));
     line(x, "  drejected = sigmoid(-z) + 2 center (chosen + rejected) = %s", D(pair.drejected));
+    /* 3. --json */
     put_number(x, x->example, "probability", probability);
     put_number(x, x->example, "loss", pair.loss);
     put_number(x, x->example, "dchosen", pair.dchosen);
@@ -12450,6 +12541,7 @@ static const char *const REINFORCE_TEXT[][2] = {
 static double *answers_logps(struct Explain *x, const struct Answers *a, const char *name) {
     double *logps = arena_alloc(x->arena, a->n, sizeof *logps);
     for (size_t b = 0; b < a->n; b++) {
+        /* an answer of no list has one number: log pi of the whole */
         size_t n = get_count(a->object[b], name);
         logps[b] = n ? sequence_logprob(get_list(x, a->object[b], name), n)
                      : get_number(a->object[b], name);
@@ -12461,10 +12553,12 @@ static double *answers_logps(struct Explain *x, const struct Answers *a, const c
 static void tell_reinforce_row(struct Explain *x, struct Json *answer, size_t b,
                                const double cells[6]) {
     const char *row = "";
+    /* score, log pi, log ref, R, b, A, in this order */
     for (size_t k = 0; k < 6; k++)
         row = arena_printf(x->arena, "%s%9.4f", row, cells[k]);
     line(x, "  %-12s%s", arena_printf(x->arena, "%s %zu", x->pt ? "resposta" : "answer", b + 1),
          row);
+    /* of these, R and A were computed here; the others were given */
     put_number(x, answer, "reward", cells[3]);
     put_number(x, answer, "advantage", cells[5]);
 }
@@ -12472,10 +12566,12 @@ static void tell_reinforce_row(struct Explain *x, struct Json *answer, size_t b,
 /* The example's baseline, if it fits n answers. */
 static enum Baseline explain_baseline(struct Explain *x, size_t n) {
     const char *word = get_word(x->example, "baseline");
+    /* the words of --baseline; any other was refused when the example was read */
     if (strcmp(word, "none") == 0)
         return BASELINE_NONE;
     if (strcmp(word, "mean") == 0)
         return BASELINE_MEAN;
+    /* leave one out needs another one: with a single answer b would be 0 / 0 */
     CHECK(n > 1,
           "%sbaseline: rloo compares an answer with the others: two answers or more were expected, "
           "or baseline \"none\"; found: %zu",
@@ -12500,6 +12596,7 @@ static void explain_reinforce(struct Explain *x) {
     /* 2. Baseline, advantage, loss. */
     enum Baseline baseline = explain_baseline(x, a.n);
     reinforce_advantages(baseline, rewards, a.n, a.n, mean_of(rewards, a.n), advantages);
+    /* for `mean` the mean R of these answers stands in for that of earlier steps */
     double loss = reinforce_loss(advantages, logps, a.n, dlogps);
     tell(x, REINFORCE_TEXT[0]);
     tell_prompt(x);
@@ -12583,6 +12680,7 @@ static struct GaeCells gae_cells(struct Explain *x, const struct Answers *a, str
         .gamma = get_number(x->example, "gamma"),
         .lam = get_number(x->example, "lam"),
     };
+    /* room for what the table shows beside gae's own results */
     struct GaeCells g = {.gamma = config.gamma, .lam = config.lam};
     g.next_value = arena_zeros(x->arena, a->R, sizeof(double));
     g.delta = arena_zeros(x->arena, a->R, sizeof(double));
@@ -12603,6 +12701,7 @@ static struct GaeCells gae_cells(struct Explain *x, const struct Answers *a, str
         gae(&config, a->start[b + 1] - start, p->rewards + start, p->values + start, 0,
             p->advantages + start, p->returns + start);
     }
+    /* kept before ppo_advantages overwrites them by the whitened ones */
     g.raw = doubles(x, p->advantages, a->R);
     g.mean = mean_of(p->advantages, a->R);
     g.std = sqrt(unbiased_variance(p->advantages, a->R) + 1e-8);
@@ -12614,6 +12713,7 @@ static struct GaeCells gae_cells(struct Explain *x, const struct Answers *a, str
 
 /* The answers as the batch of a step of PPO. */
 static struct PPOBatch answers_batch(struct Explain *x, const struct Answers *a) {
+    /* as if these answers were all that a step had collected; none is padded */
     return (struct PPOBatch){
         .B = a->n,
         .R = a->R,
@@ -12634,6 +12734,7 @@ static void tell_gae_steps(struct Explain *x, const struct Answers *a, const str
     formula(x, "delta = reward + gamma * next_value - value", "gae_step");
     formula(x, "raw A = delta + gamma * lam * next raw A", "gae");
     line(x, "  gamma = %s, lam = %s", D(g->gamma), D(g->lam));
+    /* from the last token to the first, since each needs the one after it */
     for (size_t t = T; t-- > T - shown;) {
         /* what the step before, that of the next token, has left */
         line(x, "\n  %s", first_label(x, a, t));
@@ -12642,6 +12743,7 @@ static void tell_gae_steps(struct Explain *x, const struct Answers *a, const str
         line(x, "  raw A = %s + %s * %s * %s = %s", D(g->delta[t]), D(g->gamma), D(g->lam),
              OP(t + 1 < T ? g->raw[t + 1] : 0), D(g->raw[t]));
     }
+    /* the same recursion seen from the score: how much of it arrives at each token */
     tell(x, GAE_TEXT[3]);
     double share = 1;
     for (size_t t = T; t-- > T - shown; share *= g->gamma * g->lam)
@@ -12652,6 +12754,7 @@ static void tell_gae_steps(struct Explain *x, const struct Answers *a, const str
 /* Token 0 of answer 1: what it should have been worth, and its advantage on the common scale. */
 static void tell_gae_ends(struct Explain *x, const struct Answers *a, const struct PPOBatch *p,
                           const struct GaeCells *g) {
+    /* one token is enough: return and whitening treat all alike */
     tell(x, GAE_TEXT[4]);
     formula(x,
             arena_printf(x->arena, "return = raw A + value                 %s",
@@ -12668,6 +12771,7 @@ static void explain_gae(struct Explain *x) {
     struct Answers a = answers_of(x, "rewards");
     struct PPOBatch p = answers_batch(x, &a);
     p.rewards = answers_list(x, &a, "rewards");
+    /* rewards and values are given; everything else follows from them */
     struct GaeCells g = gae_cells(x, &a, &p);
     /* from left to right as each follows from those before it */
     const struct TableColumn columns[] = {
@@ -12679,6 +12783,7 @@ static void explain_gae(struct Explain *x) {
         {.head = "return", .at = g.target_return, .name = "returns"},
         {.head = "A", .at = g.advantage, .name = "advantages"},
     };
+    /* in words, as a table, by hand, and what becomes of the results */
     tell(x, GAE_TEXT[0]);
     tell(x, GAE_TEXT[1]);
     tell_prompt(x);
@@ -12745,6 +12850,7 @@ static void tell_ppo_rewards(struct Explain *x, const struct Answers *a, struct 
     p->kl = arena_zeros(x->arena, a->R, sizeof(float));
     p->non_score_rewards = arena_floats(x->arena, a->R);
     p->rewards = arena_floats(x->arena, a->R);
+    /* ppo_rewards asks its trainer for one thing only, beta as it is now */
     ppo_rewards(&trainer, p, scores);
     const struct TableColumn columns[] = {
         {.head = "log pi", .at = doubles(x, p->logprobs, a->R)},
@@ -12753,6 +12859,7 @@ static void tell_ppo_rewards(struct Explain *x, const struct Answers *a, struct 
         {.head = "penalty", .at = doubles(x, p->non_score_rewards, a->R)},
         {.head = "reward", .at = doubles(x, p->rewards, a->R), .name = "rewards"},
     };
+    /* the last token is worked by hand: it has both, the penalty and the score */
     size_t last = a->start[1] - 1;
     tell(x, PPO_TEXT[0]);
     tell_prompt(x);
@@ -12801,6 +12908,7 @@ static struct PPOCells ppo_cells(struct Explain *x, const struct Answers *a, str
         .new_logprobs = answers_list(x, a, "new_logprobs"),
         .new_values = answers_list(x, a, "new_values"),
     };
+    /* all tokens of all answers, as one mini-batch */
     struct PPOTokens tokens = {
         .R = a->R,
         .old_logprobs = p->logprobs,
@@ -12825,6 +12933,7 @@ static struct PPOCells ppo_cells(struct Explain *x, const struct Answers *a, str
         c.loss[t] = tokens.policy[t].loss;
         c.value_loss[t] = tokens.value[t].loss;
     }
+    /* slopes of the mean: each has been divided by the number of tokens */
     c.dlogprob = doubles(x, tokens.dlogprobs, a->R);
     c.dvalue = doubles(x, tokens.dvalues, a->R);
     return c;
@@ -12835,13 +12944,16 @@ static void tell_ppo_token(struct Explain *x, const struct Answers *a, const str
                            const struct PPOCells *c, size_t t) {
     double e = c->config.cliprange;
     double A = p->advantages[t];
+    /* recomputed, since ppo_token_loss keeps it to itself */
     double near = MAX(1 - e, MIN(1 + e, c->ratio[t]));
     line(x, "\n  %s", first_label(x, a, t));
     formula(x, "ratio = e^(new - log pi)", "ppo_token_loss");
     line(x, "        = e^(%s - %s) = %s", D(c->new_logprobs[t]), OP(p->logprobs[t]),
          D(c->ratio[t]));
+    /* the ratio as far as it is believed */
     formula(x, "near  = clip(ratio, 1 - cliprange, 1 + cliprange)", "ppo_token_loss");
     line(x, "        = clip(%s, %s, %s) = %s", D(c->ratio[t]), D(1 - e), D(1 + e), D(near));
+    /* the larger of two losses counts */
     formula(x, "loss  = max(-A * ratio, -A * near)", "ppo_token_loss");
     line(x, "        = max(-%s * %s, -%s * %s)", OP(A), D(c->ratio[t]), OP(A), D(near));
     line(x, "        = max(%s, %s) = %s", D(-A * c->ratio[t]), D(-A * near), D(c->loss[t]));
@@ -12872,6 +12984,7 @@ static void tell_ppo_policy(struct Explain *x, const struct Answers *a, const st
         {.head = "loss", .at = c->loss, .name = "token_losses"},
         {.head = x->pt ? "inclin." : "slope", .at = c->dlogprob, .name = "dlogprobs"},
     };
+    /* the table of all tokens first: what is worked by hand below stands in it, too */
     tell(x, PPO_TEXT[2]);
     tell_answers(x, a, columns, COUNT(columns));
 
@@ -12888,6 +13001,7 @@ static void tell_ppo_policy(struct Explain *x, const struct Answers *a, const st
 /* Steps 4 and 5: the value head's loss, and both together. */
 static void tell_ppo_value(struct Explain *x, const struct Answers *a, const struct PPOBatch *p,
                            const struct PPOCells *c) {
+    /* what the head said, what it says now, and what it should have said */
     const struct TableColumn columns[] = {
         {.head = "value", .at = doubles(x, p->values, a->R)},
         {.head = x->pt ? "agora" : "now", .at = doubles(x, c->new_values, a->R)},
@@ -12900,10 +13014,12 @@ static void tell_ppo_value(struct Explain *x, const struct Answers *a, const str
     size_t t = 0;
     while (t + 1 < a->start[1] && fabs(c->new_values[t] - p->values[t]) <= r)
         t++;
+    /* the two errors of which the larger counts */
     double near = MAX(p->values[t] - r, MIN(p->values[t] + r, c->new_values[t]));
     double error = c->new_values[t] - p->returns[t];
     tell(x, PPO_TEXT[3]);
     tell_answers(x, a, columns, COUNT(columns));
+    /* its numbers in ppo_value_loss's terms */
     line(x, "\n  %s", first_label(x, a, t));
     formula(x, "near  = clip(now, value +- cliprange_value)", "ppo_value_loss");
     line(x, "        = clip(%s, %s, %s) = %s", D(c->new_values[t]), D(p->values[t] - r),
@@ -12933,11 +13049,13 @@ static void tell_ppo_value(struct Explain *x, const struct Answers *a, const str
 /* explain ppo -- a step of PPO, token by token, from log-probabilities to slopes. */
 static void explain_ppo(struct Explain *x) {
     struct Answers a = answers_of(x, "logprobs");
+    /* what was known when the answers were written, then what the policy says of them now */
     struct PPOBatch p = answers_batch(x, &a);
     p.logprobs = answers_list(x, &a, "logprobs");
     p.ref_logprobs = answers_list(x, &a, "ref_logprobs");
     tell_ppo_rewards(x, &a, &p);
     struct PPOCells c = ppo_cells(x, &a, &p);
+    /* each function reads what the one before it has computed */
     tell_ppo_policy(x, &a, &p, &c);
     tell_ppo_value(x, &a, &p, &c);
 }
@@ -12975,6 +13093,7 @@ static struct DPOSide tell_dpo_side(struct Explain *x, const char *side, double 
         .ref_logp = sequence_logprob(ref_logprobs, n),
         .length = n,
     };
+    /* by how much did the policy move away from the reference, token by token? */
     double *difference = doubles(x, logprobs, n);
     for (size_t t = 0; t < n; t++)
         difference[t] -= ref_logprobs[t];
@@ -12986,6 +13105,7 @@ static struct DPOSide tell_dpo_side(struct Explain *x, const char *side, double 
         {.head = "logratio", .at = difference},
     };
     double reward = implied_reward(beta, s.logp, s.ref_logp);
+    /* a heading: chosen or rejected */
     line(x, "%s", side);
     tell_table(x, x->example, arena_printf(x->arena, "%s_tokens", side), 0, n, columns,
                COUNT(columns));
@@ -12993,6 +13113,7 @@ static struct DPOSide tell_dpo_side(struct Explain *x, const char *side, double 
          s.logp - s.ref_logp);
     line(x, "  reward_%s = beta * logratio = %s * %s = %s\n", side, D(beta),
          OP(s.logp - s.ref_logp), D(reward));
+    /* 3. --json */
     put_number(x, x->example, arena_printf(x->arena, "%s_logp", side), s.logp);
     put_number(x, x->example, arena_printf(x->arena, "ref_%s_logp", side), s.ref_logp);
     put_number(x, x->example, arena_printf(x->arena, "reward_%s", side), reward);
@@ -13001,6 +13122,7 @@ static struct DPOSide tell_dpo_side(struct Explain *x, const char *side, double 
 
 /* explain dpo -- the loss of one pair. */
 static void explain_dpo(struct Explain *x) {
+    /* one loss type, the plain one: its variants are for chapter 5 */
     struct DPOConfig config = {
         .beta = get_number(x->example, "beta"),
         .label_smoothing = get_number(x->example, "label_smoothing"),
@@ -13010,14 +13132,17 @@ static void explain_dpo(struct Explain *x) {
     tell_prompt(x);
     struct DPOSide chosen = tell_dpo_side(x, "chosen", config.beta);
     struct DPOSide rejected = tell_dpo_side(x, "rejected", config.beta);
+    /* the loss sees this one number of the pair, and nothing else */
     double delta = (chosen.logp - chosen.ref_logp) - (rejected.logp - rejected.ref_logp);
     double loss = dpo_loss(&config, 1, &chosen, &rejected);
+    /* the names that chapter 5 has for them */
     double e = config.label_smoothing;
     double s = config.beta * delta;
 
     /* label_smoothing e adds a second term, for the case that the pair was labelled wrongly */
     x->begun = false;
     tell(x, DPO_TEXT[1]);
+    /* first how much further apart the policy has moved the two than the reference had them */
     formula(x, "delta = logratio(chosen) - logratio(rejected)", "dpo_pair_loss");
     line(x, "        = %s - %s = %s", D(chosen.logp - chosen.ref_logp),
          OP(rejected.logp - rejected.ref_logp), D(delta));
@@ -13037,6 +13162,7 @@ static void explain_dpo(struct Explain *x) {
             e > 0 ? "dpo_smoothed_pair" : "dpo_pair_loss");
     line(x, "            = %s", D(chosen.dlogp));
     line(x, "  drejected = -dchosen = %s", D(rejected.dlogp));
+    /* --json; each side has added its own numbers already */
     put_number(x, x->example, "delta", delta);
     put_number(x, x->example, "loss", loss);
     put_number(x, x->example, "dchosen", chosen.dlogp);
@@ -13066,6 +13192,8 @@ static const char *const EXACT_TEXT[][2] = {
 static double *ref_probabilities(struct Explain *x, size_t n) {
     double *p = doubles(x, get_list(x, x->example, "ref_probabilities"), n);
     double sum = 0;
+    /* a distribution sums to 1; the closed form would hide it if this one did not, since Z
+     * divides */
     for (size_t i = 0; i < n; i++)
         sum += p[i];
     CHECK(fabs(sum - 1) < 1e-4, "%sref_probabilities: they sum to %.6g; 1 was expected", x->place,
@@ -13077,6 +13205,7 @@ static double *ref_probabilities(struct Explain *x, size_t n) {
 static double explain_optimum(struct Explain *x, const double *logps, const double *r, size_t n,
                               double *optimum) {
     double log_Z = exact_optimum(logps, r, n, get_number(x->example, "beta"), optimum);
+    /* e^709 is the largest power that a double holds */
     CHECK(fabs(log_Z) < 700,
           "%s\"beta\": e^(reward / beta) is too large to be shown, expected a larger beta",
           x->place);

@@ -5,8 +5,7 @@ From the folder of align.c. Lines have 100 columns at most, in test_align.c, in 
 docs/tools too. In align.c no line initialises several variables, no body stands on the line of its
 condition, no function is longer than LINES or takes more than PARAMETERS. Before Part IV at least
 SHARE of the lines are comments; inside the functions there are at least INSIDE comment lines to 100
-lines of code (chapter 21 aside, which prints what it has to say), and of those longer than LONG
-lines at most BARE have no comment inside. The first
+lines of code, and of those longer than LONG lines at most BARE have no comment inside. The first
 formula, PPO's loss and DPO's stand where Part I is. With the path of a clang-format (18.1.8) the C
 files are as it would lay them out. Prints the figures; exit 1 where one does not hold.
 """
@@ -120,16 +119,14 @@ def check_comments(source, every):
     share = sum(comment) / written
     check("comments", share >= SHARE, f"{share:.0%} of the lines before Part IV")
 
-    printing = next(n for n, line in enumerate(source) if line.startswith(" * Chapter 21 - "))
     inside, code, bare = 0, 0, []
     for f in every:
         if f.last >= end:
             break
         body = range(f.first + 1, f.last + 1)
         found = sum(comment[n] for n in body)
-        if f.last < printing:
-            inside += found
-            code += sum(bool(source[n].strip()) and not comment[n] for n in (f.first, *body))
+        inside += found
+        code += sum(bool(source[n].strip()) and not comment[n] for n in (f.first, *body))
         if len(body) > LONG and not found:
             bare.append(f.name)
     per_100 = 100 * inside / code
