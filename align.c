@@ -298,8 +298,7 @@ static uint64_t splitmix64(uint64_t *state) {
     return z ^ (z >> 31);
 }
 
-/* The numbers only have to differ. Those of a purpose that came later are an earlier one's plus a
- * hundred, so that the earlier streams, and with them all results, stayed what they were. */
+/* The numbers only have to differ: those of related purposes are a hundred apart. */
 enum RngStream {
     STREAM_INIT = 1, /* a new reward or value head draws from it, too */
     STREAM_ORDER,
@@ -6121,6 +6120,7 @@ static struct Sequence answer_start(struct Arena *arena, const struct GPT2 *poli
     struct Rng own = rng_seed(rng_next(rng), STREAM_SAMPLE);
     /* what the prompt leaves of the context */
     size_t room = policy->config.n_positions - prompt->n;
+    /* max_new: the caller's limit; the smaller of the two counts */
     return sequence_start(arena, prompt->ids, prompt->n, MIN(max_new, room), policy, own);
 }
 
@@ -8862,6 +8862,7 @@ static void ppo_trace_begin(struct RolloutTrainer *trainer, const struct Rollout
                             const struct PPOBatch *p, const float *scores) {
     struct PPOTrace *trace = &trainer->ppo.trace;
     size_t epochs = trainer->ppo.config.ppo_epochs;
+    /* what an earlier step has shown is over */
     trace->answers = 0;
     if (!trace->is_wanted || !ppo_trace_shows(trainer->step, trainer->total_steps))
         return;
@@ -11023,8 +11024,6 @@ static void course_run(struct Course *course, const struct Dataset *data,
  * ============================================================================================= */
 
 static void json_write_string(FILE *file, const char *before, struct Text text);
-static void json_write_ids(FILE *file, const char *before, const int *ids, size_t n);
-static void json_write_floats(FILE *file, const char *before, const float *x, size_t n);
 
 /* How a topic is to be told, and of what. */
 struct Explain {
@@ -11032,10 +11031,10 @@ struct Explain {
     const struct Tokenizer *tok;
     const struct GPT2 *model; /* --model_name_or_path, or NULL */
     struct Text prompt;
-    struct Json *example; /* what the topic reads, and with --json what it adds; or NULL */
+    struct Json *example; /* what the topic reads and what it adds; --json prints it */
     const char *place; /* where the example is from, for messages */
     bool json, pt;
-    bool begun; /* a number has been printed */
+    bool begun; /* a line of numbers has been printed since the last paragraph */
 };
 
 /* From chapter 27, the fields of an example or of one of its answers: a number, a word, a list of
@@ -11049,7 +11048,17 @@ static const char *get_label(struct Explain *x, const struct Json *object, const
 static void put_number(struct Explain *x, struct Json *object, const char *name, double number);
 static void put_list(struct Explain *x, struct Json *object, const char *name, const double *list,
                      size_t n, bool is_flags);
+static void put_text(struct Explain *x, const char *name, struct Text text);
 static struct Json **get_answers(struct Explain *x);
+
+/* How many columns a text takes: UTF-8's continuation bytes, 10xxxxxx, take none of their own. */
+static size_t text_columns(struct Text text) {
+    size_t columns = 0;
+    /* an accented letter has two bytes, but takes one column */
+    for (size_t i = 0; i < text.length; i++)
+        columns += (text.data[i] & 0xc0) != 0x80;
+    return columns;
+}
 
 /* A paragraph in lines of 80 columns: text[0] is in English, text[1] in Portuguese. */
 static void tell(struct Explain *x, const char *const text[2]) {
@@ -11065,9 +11074,7 @@ static void tell(struct Explain *x, const char *const text[2]) {
         size_t n = strcspn(at, " ");
         if (n > 0 && at[n - 1] == '"' && (n == 1 || at[n - 2] == '[') && at[n])
             n += 1 + strcspn(at + n + 1, " ");
-        size_t width = 0;
-        for (size_t i = 0; i < n; i++)
-            width += (at[i] & 0xc0) != 0x80;
+        size_t width = text_columns((struct Text){at, n});
 
         /* 2. On this line, or on the next. */
         if (column > 0 && column + 1 + width > 80) {
@@ -11093,37 +11100,42 @@ static void PRINTF_LIKE(2, 3) line(struct Explain *x, const char *format, ...) {
     putchar('\n');
 }
 
-/* What stands in front of the next value of the JSON object. */
-static const char *next_key(struct Explain *x, const char *key) {
-    const char *before = arena_printf(x->arena, "%s\"%s\": ", x->begun ? ", " : "{", key);
-    x->begun = true;
-    return before;
-}
-
 /* ---- Topics that only print ----------------------------------------------------------------- */
 
 /* A token in quotes, as the label of a row or column: cut and padded to `width` columns. */
 static const char *token_label(struct Explain *x, struct Text token, size_t width) {
     char *shown = (char *)text_shown(x->arena, token, "").data;
     const char *label = arena_printf(x->arena, "\"%s\"", cut_text(shown, width - 2));
-    size_t columns = 0;
-    /* UTF-8's continuation bytes, 10xxxxxx, take no column of their own */
-    for (const char *at = label; *at; at++)
-        columns += (*at & 0xc0) != 0x80;
-    return arena_printf(x->arena, "%s%*s", label, (int)(width - MIN(width, columns)), "");
+    size_t columns = MIN(text_columns(text_of(label)), width);
+    return arena_printf(x->arena, "%s%*s", label, (int)(width - columns), "");
 }
 
-/* Numbers under a name, with --json only: the text shows them in a form of its own. */
+/* Floats as the cells of a column. */
+static double *doubles(struct Explain *x, const float *list, size_t n) {
+    double *result = arena_alloc(x->arena, n, sizeof *result);
+    /* floats are what the functions of Part I take and return; a column holds doubles */
+    for (size_t i = 0; i < n; i++)
+        result[i] = list[i];
+    return result;
+}
+
+/* Numbers under a name, for --json: the text shows them in a form of its own. */
 static void put_floats(struct Explain *x, const char *key, const float *values, size_t n) {
-    if (x->json)
-        json_write_floats(stdout, next_key(x, key), values, n);
+    put_list(x, x->example, key, doubles(x, values, n), n, false);
 }
 
-/* Numbers under a name, as a row of a table or as JSON. */
+static void put_ids(struct Explain *x, const char *key, const int *ids, size_t n) {
+    double *numbers = arena_alloc(x->arena, n, sizeof *numbers);
+    /* a double holds every id exactly */
+    for (size_t i = 0; i < n; i++)
+        numbers[i] = ids[i];
+    put_list(x, x->example, key, numbers, n, false);
+}
+
+/* Numbers under a name, as a row of a table and as JSON. */
 static void tell_row(struct Explain *x, const char *key, const char *label, const float *values,
                      size_t n) {
     put_floats(x, key, values, n);
-    /* with --json put_floats has written the numbers, and there is nothing to lay out */
     if (x->json)
         return;
     x->begun = true;
@@ -11211,11 +11223,9 @@ static void explain_bpe(struct Explain *x) {
     for (size_t i = 0; i < pieces_ids(&word, ids); i++)
         list = arena_printf(x->arena, "%s %d", list, ids[i]);
     line(x, "  ids:%s", list);
-    if (!x->json)
-        return;
-    json_write_string(stdout, next_key(x, "word"), text);
-    json_write_ids(stdout, next_key(x, "merges"), merges, merge_count);
-    json_write_ids(stdout, next_key(x, "ids"), ids, count);
+    put_text(x, "word", text);
+    put_ids(x, "merges", merges, merge_count);
+    put_ids(x, "ids", ids, count);
 }
 
 /* ---- omega ---------------------------------------------------------------------------------- */
@@ -12020,19 +12030,10 @@ static const char *digits(struct Explain *x, double number, bool is_operand) {
 #define D(number) digits(x, (number), false)
 #define OP(number) digits(x, (number), true)
 
-/* How many columns a text takes: UTF-8's continuation bytes, 10xxxxxx, take none of their own. */
-static size_t text_columns(const char *text) {
-    size_t columns = 0;
-    /* é is two bytes, but one column */
-    for (const char *at = text; *at; at++)
-        columns += (*at & 0xc0) != 0x80;
-    return columns;
-}
-
 /* A formula, and at the right the function that computes it. */
 static void formula(struct Explain *x, const char *text, const char *function) {
     /* a formula that is too long for the column leaves two spaces */
-    size_t columns = MIN(text_columns(text), (size_t)49);
+    size_t columns = MIN(text_columns(text_of(text)), (size_t)49);
     line(x, "  %s%*s  %s", text, (int)(49 - columns), "", function);
 }
 
@@ -12061,7 +12062,7 @@ static const char *cell(struct Explain *x, const struct TableColumn *column, siz
 
 /* Text at the right end of a column. */
 static const char *flush_right(struct Explain *x, const char *text, size_t width) {
-    size_t columns = MIN(text_columns(text), width);
+    size_t columns = MIN(text_columns(text_of(text)), width);
     return arena_printf(x->arena, "%*s%s", (int)(width - columns), "", text);
 }
 
@@ -12094,15 +12095,6 @@ static void tell_table(struct Explain *x, struct Json *object, const char *token
             row = arena_printf(x->arena, "%s%s", row, flush_right(x, cell(x, &columns[k], i), 9));
         line(x, "  %s", row);
     }
-}
-
-/* Floats as the cells of a column. */
-static double *doubles(struct Explain *x, const float *list, size_t n) {
-    double *result = arena_alloc(x->arena, n, sizeof *result);
-    /* floats are what the functions of Part I take and return; a column holds doubles */
-    for (size_t i = 0; i < n; i++)
-        result[i] = list[i];
-    return result;
 }
 
 /* ---- The answers of an example -------------------------------------------------------------- */
@@ -12556,6 +12548,7 @@ static void tell_reinforce_row(struct Explain *x, struct Json *answer, size_t b,
     /* score, log pi, log ref, R, b, A, in this order */
     for (size_t k = 0; k < 6; k++)
         row = arena_printf(x->arena, "%s%9.4f", row, cells[k]);
+    /* answers have numbers, as in the tables of tokens */
     line(x, "  %-12s%s", arena_printf(x->arena, "%s %zu", x->pt ? "resposta" : "answer", b + 1),
          row);
     /* of these, R and A were computed here; the others were given */
@@ -17123,7 +17116,7 @@ static struct ReportFile report_read(struct Arena *arena, const char *dir, const
     struct Text line;
     struct Text text = file.text;
     for (size_t number = 1; report_line(&text, &line); number++)
-        json_object(arena, line, path, arena_printf(arena, ":%zu", number));
+        json_object(arena, line, arena_printf(arena, "%s: object %zu", path, number), "");
     return file;
 }
 
@@ -18565,6 +18558,17 @@ static void print_next_table(struct Options *o, const struct Candidate *top, siz
     }
 }
 
+/* The logits (V) of the token after the prompt. */
+static float *next_logits(struct Options *o, const struct GPT2 *model, struct Example prompt) {
+    size_t V = model->config.vocab_size;
+    struct Batch batch = collate(&o->arena, &prompt, 1, READ_LAST);
+    struct Activations acts = gpt2_forward(model, &o->arena, &batch, false);
+    float *logits = arena_floats(&o->arena, V);
+    output_logits(model, logits, acts.ln_f + (prompt.n - 1) * model->config.n_embd, 1);
+    check_numbers(model, &o->arena, &batch, "a logit of the next token", logits, V);
+    return logits;
+}
+
 /* align next -- the distribution of the next token after a prompt.
  *                                                          [glossary: Distribuição (em ML)] */
 static void command_next(struct Options *o) {
@@ -18577,11 +18581,7 @@ static void command_next(struct Options *o) {
 
     /* 1. The logits after the prompt's last token. */
     struct Example e = prompt_encode(o, text_of(o->prompt), 1);
-    struct Batch batch = collate(arena, &e, 1, READ_LAST);
-    struct Activations acts = gpt2_forward(model, arena, &batch, false);
-    float *p = arena_floats(arena, V);
-    output_logits(model, p, acts.ln_f + (e.n - 1) * model->config.n_embd, 1);
-    check_numbers(model, arena, &batch, "a logit of the next token", p, V);
+    float *p = next_logits(o, model, e);
 
     /* 2. Process them as sampling does, and turn what is left into probabilities. */
     o->generation.do_sample = true;
@@ -19287,6 +19287,12 @@ static const char EXPLAIN_EXAMPLE[] = JSON_TEXT({
 });
 // clang-format on
 
+static struct Json *json_new_object(struct Arena *arena) {
+    struct Json *object = arena_zeros(arena, 1, sizeof *object);
+    object->type = JSON_OBJECT;
+    return object;
+}
+
 /* Adds a member to an object or, with key "", an item to a list. */
 static struct Json *json_append(struct Json *parent, const char *key, struct Json *item) {
     struct Json **end = &parent->child;
@@ -19305,6 +19311,9 @@ static struct Json *json_add(struct Arena *arena, struct Json *parent, const cha
     item->type = type;
     return json_append(parent, key, item);
 }
+
+/* A longer list could not be read as a table by anyone. */
+enum { EXAMPLE_ITEMS = 1000 };
 
 /* A field of an example: its topics, and what it may be. */
 enum FieldKind {
@@ -19477,6 +19486,8 @@ static struct Json *example_field(const struct ExampleReader *r, const struct Ex
     CHECK(is_list, "%s: a list [...] was expected; found: %s", place, found);
     CHECK(json->child || kind == FIELD_IDS, "%s: an empty list; one item or more was expected",
           place);
+    CHECK(json->number <= EXAMPLE_ITEMS, "%s: %g items; at most %d can be explained", place,
+          json->number, EXAMPLE_ITEMS);
     if (kind == FIELD_ANSWERS) {
         struct Json *answers = example_answers(r, given, builtin, place);
         answers->key = json->key;
@@ -19525,8 +19536,7 @@ static const struct ExampleField *find_field(const char *topic, struct Text name
 /* The fields of an object: the given ones, the built-in ones for those left out. */
 static struct Json *example_fields(const struct ExampleReader *r, const struct Json *given,
                                    const struct Json *builtin, const char *place, bool in_answer) {
-    struct Json *object = arena_zeros(r->arena, 1, sizeof *object);
-    object->type = JSON_OBJECT;
+    struct Json *object = json_new_object(r->arena);
     /* 1. A misspelt name would otherwise do nothing. */
     for (const struct Json *item = given->child; item; item = item->next) {
         const char *name = arena_printf(r->arena, "%.*s", (int)item->key.length, item->key.data);
@@ -19611,6 +19621,10 @@ static void put_number(struct Explain *x, struct Json *object, const char *name,
     json_add(x->arena, object, name, JSON_NUMBER)->number = number;
 }
 
+static void put_text(struct Explain *x, const char *name, struct Text text) {
+    json_add(x->arena, x->example, name, JSON_STRING)->string = text;
+}
+
 static void put_list(struct Explain *x, struct Json *object, const char *name, const double *list,
                      size_t n, bool is_flags) {
     struct Json *array = json_add(x->arena, object, name, JSON_ARRAY);
@@ -19639,17 +19653,6 @@ static void json_add_tokens(struct Options *o, struct Json *parent, const char *
     for (size_t i = 0; i < n; i++)
         json_add(&o->arena, list, "", JSON_STRING)->string =
             tokenizer_decode(o->tok, ids[i], o->model->config.vocab_size);
-}
-
-/* The logits (V) of the token after the prompt. */
-static float *next_logits(struct Options *o, const struct GPT2 *model, struct Example prompt) {
-    size_t V = model->config.vocab_size;
-    struct Batch batch = collate(&o->arena, &prompt, 1, READ_LAST);
-    struct Activations acts = gpt2_forward(model, &o->arena, &batch, false);
-    float *logits = arena_floats(&o->arena, V);
-    output_logits(model, logits, acts.ln_f + (prompt.n - 1) * model->config.n_embd, 1);
-    check_numbers(model, &o->arena, &batch, "a logit of the next token", logits, V);
-    return logits;
 }
 
 /* softmax, sampling, kl: the likeliest --top_n next tokens, as if they were the whole
@@ -19872,8 +19875,7 @@ static struct Json *example_of_models(struct Options *o, const char *topic) {
         return NULL;
     if (!list_has("softmax, sampling, reward", topic))
         load_reference(o);
-    struct Json *example = arena_zeros(&o->arena, 1, sizeof *example);
-    example->type = JSON_OBJECT;
+    struct Json *example = json_new_object(&o->arena);
     if (strcmp(topic, "reward") == 0) {
         struct Rollout *rollouts = explain_answers(o);
         example_add_reward(o, example, "chosen", &rollouts[0]);
@@ -19912,10 +19914,14 @@ static void json_write(FILE *file, const struct Json *json) {
 }
 
 static const struct Topic *find_topic(const char *name) {
+    const struct Topic *nearest = TOPICS;
     for (size_t i = 0; i < COUNT(TOPICS); i++)
-        if (strcmp(TOPICS[i].name, name) == 0)
-            return &TOPICS[i];
-    die_usage("explain: there is no topic %s; `align explain` lists them", name);
+        if (edit_distance(name, TOPICS[i].name) < edit_distance(name, nearest->name))
+            nearest = &TOPICS[i];
+    if (strcmp(name, nearest->name) != 0)
+        die_usage("explain: there is no topic \"%s\"; the nearest is \"%s\" (all: %s explain)",
+                  name, nearest->name, program_name);
+    return nearest;
 }
 
 /* The numbers that a topic explains: of --example, of models, or the built-in ones. */
@@ -19930,15 +19936,18 @@ static void explain_open(struct Options *o, struct Explain *x, const char *topic
         load_tokenizer(o);
     x->tok = o->tok;
     x->model = o->model;
+    /* 1. A topic with numbers of its own starts from an empty object. */
+    x->example = json_new_object(&o->arena);
+    x->place = "";
     if (!topic_adds(topic))
         return;
-    x->place = "";
+
+    /* 2. The others start from an example, completed by the built-in one. */
     if (o->example) {
         given = json_read_file(&o->arena, o->example);
         x->place = arena_printf(&o->arena, "%s: ", o->example);
     }
-    static const struct Json nothing = {.type = JSON_OBJECT};
-    x->example = example_read(&o->arena, topic, given ? given : &nothing, x->place);
+    x->example = example_read(&o->arena, topic, given ? given : x->example, x->place);
 }
 
 /* align explain [TOPIC] -- a topic's text or JSON; without TOPIC the list of them. */
@@ -19959,10 +19968,10 @@ static void command_explain(struct Options *o) {
     const struct Topic *topic = find_topic(o->file);
     explain_open(o, &x, topic->name);
     topic->run(&x);
-    if (x.json && x.example)
+    if (x.json) {
         json_write(stdout, x.example);
-    if (x.json)
-        puts(x.example ? "" : "}");
+        putchar('\n');
+    }
 }
 
 /* ---- The commands --------------------------------------------------------------------------- */
