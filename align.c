@@ -7412,13 +7412,15 @@ static struct LanguageTask *sft_task(struct Trainer *trainer, struct Arena *aren
  * rewards of new texts in the form of the course's sentiment pipeline.
  * ============================================================================================= */
 
+/* Ratings closer than this make no pair: raters are not that exact. */
+static const double MIN_DIFFERENCE = 1;
+
 /* The data of a reward model's Task; arrays of two are indexed by enum Items. */
 struct RewardTask {
     struct Example *texts[2]; /* pairs: 2i chosen, 2i + 1 rejected; otherwise one per item */
     double *number[2]; /* an item's margin, rating or label */
     bool rated, labelled; /* neither: pairs */
     double center; /* TRL's center_rewards_coefficient, see bradley_terry_pair */
-    double min_difference; /* ratings closer than this make no pair */
     float *eval_reward; /* rated: the reward of each held-out text */
     double prefix_share; /* the share of texts that reward_cut cuts to a random beginning */
     struct Rng cut;
@@ -7479,7 +7481,7 @@ static void reward_rated_evaluated(struct Trainer *trainer) {
     float *dreward = arena_floats(&trainer->arena, n); /* not used: nothing trains here */
     for (size_t i = 0; i < n; i++) {
         /* 1. One text against those after it. All pairs at once would take n^2 memory. */
-        size_t count = pairs_of_rating(task->number[HELD_OUT], i, n, task->min_difference, pairs);
+        size_t count = pairs_of_rating(task->number[HELD_OUT], i, n, MIN_DIFFERENCE, pairs);
         if (count == 0)
             continue;
 
@@ -7611,12 +7613,11 @@ static struct RewardBatch reward_batch_of_texts(struct Trainer *trainer, const s
             reward_cut(task, &items.examples[i]);
     }
 
-    /* 2. Ratings become pairs, except those closer than min_difference: raters are not that exact.
+    /* 2. Ratings become pairs, except those closer than MIN_DIFFERENCE.
      *    There is room for more pairs than count texts can make. */
     if (task->rated && from == TO_LEARN) {
         items.pairs = arena_alloc(arena, count * count, sizeof *items.pairs);
-        items.pair_count =
-            pairs_from_ratings(items.number, count, task->min_difference, items.pairs);
+        items.pair_count = pairs_from_ratings(items.number, count, MIN_DIFFERENCE, items.pairs);
     }
     return items;
 }
@@ -7713,7 +7714,7 @@ static void reward_check(const struct Dataset *data, const double *number, size_
         least = MIN(least, number[i]);
         most = MAX(most, number[i]);
     }
-    CHECK(data->shape != SHAPE_RATED || most - least >= 1,
+    CHECK(data->shape != SHAPE_RATED || most - least >= MIN_DIFFERENCE,
           "%s: no two ratings differ by 1 or more, so there is nothing to compare; they go from %g "
           "to %g",
           data->path, least, most);
@@ -7803,6 +7804,19 @@ static void reward_saved(struct Trainer *trainer, struct Checkpoint *checkpoint)
     checkpoint_add_random(checkpoint, "cut", &task->cut);
 }
 
+/* A reward model as the trainer's Task. How many items there are, to learn from and held out, its
+ * caller adds. */
+static void reward_task_begin(struct Trainer *trainer, struct RewardTask *task) {
+    trainer->task = (struct Task){
+        .name = "reward",
+        .data = task,
+        .loss = reward_loss,
+        .saved = reward_saved,
+        /* Of other data each batch yields its own metrics; see reward_rated_evaluated. */
+        .evaluated = task->rated ? reward_rated_evaluated : NULL,
+    };
+}
+
 /* reward_task -- makes a reward model the trainer's Task, on pairs, rated or labelled texts. */
 static struct RewardTask *reward_task(struct Trainer *trainer, struct Arena *arena,
                                       const struct Dataset *data, const struct Dataset *eval) {
@@ -7812,25 +7826,17 @@ static struct RewardTask *reward_task(struct Trainer *trainer, struct Arena *are
     *task = (struct RewardTask){
         .rated = data->shape == SHAPE_RATED,
         .labelled = data->shape == SHAPE_LABELLED,
-        .min_difference = 1,
         .cut = rng_seed(trainer->args.seed, STREAM_CUT),
     };
-    trainer->task = (struct Task){
-        .name = "reward",
-        .data = task,
-        .loss = reward_loss,
-        .saved = reward_saved,
-    };
+    reward_task_begin(trainer, task);
 
     /* 2. the texts, those to learn from and those held out */
     trainer->task.n = reward_texts(trainer, arena, data, TO_LEARN);
     trainer->task.eval_n = eval ? reward_texts(trainer, arena, eval, HELD_OUT) : 0;
 
-    /* 3. Of other data each batch yields its own metrics; see reward_rated_evaluated. */
-    if (task->rated) {
-        trainer->task.evaluated = reward_rated_evaluated;
+    /* 3. room for the rewards of held-out texts, all of which are compared in the end */
+    if (task->rated)
         task->eval_reward = arena_floats(arena, trainer->task.eval_n);
-    }
     return task;
 }
 
@@ -9801,7 +9807,7 @@ static struct DPOTask *dpo_task(struct Trainer *trainer, struct Arena *arena,
     *task = (struct DPOTask){
         .config = config,
         .ref_model = ref_model,
-        .pairs = {[TO_LEARN] = pairs}, /* held-out ones are added by the caller, if there are any */
+        .pairs = {[TO_LEARN] = pairs},
         .temperature = temperature,
     };
 
@@ -9819,6 +9825,16 @@ static struct DPOTask *dpo_task(struct Trainer *trainer, struct Arena *arena,
         .saved = dpo_saved,
     };
     return task;
+}
+
+/* n held-out pairs for the task that dpo_task has made, and room for what the reference says of
+ * them. */
+static void dpo_task_hold_out(struct Trainer *trainer, struct Arena *arena, struct Example *pairs,
+                              size_t n) {
+    struct DPOTask *task = trainer->task.data;
+    task->pairs[HELD_OUT] = pairs;
+    task->ref_logps[HELD_OUT] = arena_zeros(arena, 2 * n, sizeof **task->ref_logps);
+    trainer->task.eval_n = n;
 }
 
 /* ---- Collected preferences ------------------------------------------------------------------ */
@@ -10740,7 +10756,6 @@ static void course_reward_model(struct Course *course) {
      *    are cut to a random beginning: see reward_cut. */
     struct RewardTask task = {
         .rated = true,
-        .min_difference = 1,
         .prefix_share = 0.5,
         .cut = rng_seed(course->seed, STREAM_CUT),
         .number = {course->train_rating, course->held_out_rating},
@@ -10748,19 +10763,15 @@ static void course_reward_model(struct Course *course) {
                   course_cut(course, course->held_out, n, limit)},
         .eval_reward = arena_floats(&course->arena, n),
     };
-    trainer.task = (struct Task){
-        .name = "2/4 reward model",
-        .n = course->train_n,
-        .eval_n = n,
-        .data = &task,
-        .loss = reward_loss,
-    };
-    trainer.task.evaluated = reward_rated_evaluated;
+    reward_task_begin(&trainer, &task);
+    trainer.task.name = "2/4 reward model";
+    trainer.task.n = course->train_n;
+    trainer.task.eval_n = n;
     if (course->reward_steps)
         trainer_train(&trainer);
 
     /* 3. How many held-out pairs does it order as the raters did? Pairs that the raters themselves
-     *    found nearly equal would measure their noise: min_difference leaves them out. */
+     *    found nearly equal would measure their noise: MIN_DIFFERENCE leaves them out. */
     trainer_evaluate(&trainer);
     const struct TrainerState *state = &trainer.state;
     log_find(&state->log_history[state->log_count - 1], "eval_accuracy", &course->eval_accuracy);
@@ -18223,17 +18234,14 @@ static void command_dpo(struct Options *o) {
     /* 1. pi_ref is the policy before training, unless --ref_model names another. */
     load_reference(o);
 
-    /* 2. Pairs as ids, chosen and rejected in turn. The same for held-out pairs, which also need
-     *    room for the reference's log-probabilities. */
+    /* 2. Pairs as ids, chosen and rejected in turn; the same for held-out pairs. */
     struct Example *pairs = arena_alloc(&o->arena, 2 * o->data->n, sizeof *pairs);
     size_t n = dpo_pairs(&trainer, &o->arena, o->data, &o->dpo, pairs);
-    struct DPOTask *task =
-        dpo_task(&trainer, &o->arena, o->reference, o->dpo, o->generation.temperature, pairs, n);
+    dpo_task(&trainer, &o->arena, o->reference, o->dpo, o->generation.temperature, pairs, n);
     if (o->eval) {
-        task->pairs[HELD_OUT] = arena_alloc(&o->arena, 2 * o->eval->n, sizeof *pairs);
-        trainer.task.eval_n =
-            dpo_pairs(&trainer, &o->arena, o->eval, &o->dpo, task->pairs[HELD_OUT]);
-        task->ref_logps[HELD_OUT] = arena_zeros(&o->arena, 2 * trainer.task.eval_n, sizeof(double));
+        struct Example *held_out = arena_alloc(&o->arena, 2 * o->eval->n, sizeof *held_out);
+        n = dpo_pairs(&trainer, &o->arena, o->eval, &o->dpo, held_out);
+        dpo_task_hold_out(&trainer, &o->arena, held_out, n);
     }
     finish_training(o, &trainer);
 }

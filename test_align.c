@@ -4260,7 +4260,6 @@ static void test_eval_batch_size(void) {
         .texts = {texts, texts},
         .number = {rating, rating},
         .center = 0.02,
-        .min_difference = 1,
     };
     float reward[7];
     trainer.task = (struct Task){.name = "reward", .n = 7, .eval_n = 7, .data = &task};
@@ -4519,7 +4518,6 @@ static void test_reward_gradient(void) {
         .texts = {texts},
         .number = {(double[]){0, 1, -1, 0.5}},
         .center = 0.02,
-        .min_difference = 1,
     };
     double ratings[] = {1, -1, 3, 0};
     double labels[] = {1, 0, 0, 1};
@@ -5872,6 +5870,518 @@ static void test_evaluation_kl(void) {
                      kl_exact(logits + 61 * t, log_sum_exp(logits + 61 * t, 61, scratch),
                               ref + 61 * t, log_sum_exp(ref + 61 * t, 61, scratch), 61),
                      golden_kl[t], 4e-6);
+}
+
+/* =============================================================================================
+ * Chapter 21 - One example, number by number
+ *
+ * What explain prints, by hand and from real models; its errors; and the numbers that libraries
+ * have for its example.
+ * ============================================================================================= */
+
+/* A list of numbers in what a topic printed. */
+static void expect_list(const struct Json *object, const char *key, const double *want, size_t n,
+                        double tolerance) {
+    const struct Json *list = json_get(object, key);
+    expect_count(key, list && list->type == JSON_ARRAY ? (size_t)list->number : 0, n);
+    const struct Json *item = list ? list->child : NULL;
+    for (size_t i = 0; i < n && item; i++, item = item->next)
+        expect_close(key, item->number, want[i], tolerance);
+}
+
+static void expect_printed(const char *line, const char *part) {
+    struct Text said = command_output(line);
+    expect_true(formatted("%s prints %s", line, part), strstr(said.data, part) != NULL);
+    for (const char *at = said.data; *at; at = line_after(at)) {
+        size_t columns = 0;
+        for (const char *c = at; *c && *c != '\n'; c++)
+            columns += (*c & 0xc0) != 0x80;
+        expect_true(formatted("%s: 80 columns: %.*s", line, (int)strcspn(at, "\n"), at),
+                    columns <= 80);
+    }
+}
+
+/* What the printing topics say, by hand; their lines, in both languages. */
+static void test_explain_print(void) {
+    const char *word = "explain bpe --tokenizer @tokenizer.bin";
+    expect_printed(word, "rank  2390 -> token  2646  \" film\"");
+    expect_printed("explain omega", "omega         -3.34   0.0354   omega         -3.69   0.0250");
+    expect_printed("explain attention", "1.7225");
+    expect_printed("explain lora", "W_merged     0.9000   0.1000   1.9500");
+    expect_printed("explain adamw", "w     = w (1 - lr weight_decay) - step = 1.8800 * 0.99");
+    expect_printed("explain beam", "\" fun.\"       -1.2040 -0.1054 = -1.3093   ends: -1.3093 / 2");
+    expect_printed("explain backprop", "wte.d[\" is\"][0] = ");
+    static const char *const topics[] = {"bpe",   "omega", "attention", "lora",
+                                         "adamw", "beam",  "backprop"};
+    for (size_t i = 0; i < COUNT(topics); i++)
+        expect_printed(formatted("explain %s --language pt", topics[i]), "\n");
+}
+
+/* The numbers behind them, by formulas of their own. */
+static void test_explain_numbers(void) {
+    struct Json *said = json_output("explain attention --json");
+    double e[] = {1, exp(4 / sqrt(2)), exp(2 / sqrt(2))};
+    double total = e[0] + e[1] + e[2];
+    expect_list(said, "p_2", (double[]){e[0] / total, e[1] / total, e[2] / total}, 3, 1e-6);
+    expect_list(said, "out_2", (double[]){(2 * e[1] + e[2]) / total, (e[0] + e[2]) / total}, 2,
+                1e-6);
+    said = json_output("explain lora --json");
+    expect_list(said, "y_after", (double[]){1.9, 1.1, 2.95}, 3, 1e-6);
+    expect_list(said, "dA", (double[]){0, 0, 0}, 3, 0);
+    expect_list(said, "dA_next", (double[]){-0.45, -0.9, -0.45}, 3, 1e-6);
+    expect_list(said, "W_merged_0", (double[]){1 - 0.1, 0.1, 2 - 0.05}, 3, 1e-6);
+    said = json_output("explain adamw --json");
+    expect_list(said, "step_2",
+                (double[]){-0.1, 0.017, 0.00009991, 0.089473684, 0.049979990, 0.040022, 1.821178},
+                7, 1e-6);
+    said = json_output("explain beam --json");
+    expect_list(said, "best_2_1", (double[]){log(0.3 * 0.9) / 2}, 1, 1e-6);
+    expect_list(said, "best_1_1", (double[]){log(0.5 * 0.45 * 0.5) / 3}, 1, 1e-6);
+    expect_list(said, "best_2_2", (double[]){log(0.5 * 0.3 * 0.9) / 9}, 1, 1e-6);
+    said = json_output("explain omega --json");
+    expect_list(said, "omega", (double[]){-3.34, -3.69}, 2, 1e-6);
+    expect_list(said, "sum", (double[]){1}, 1, 1e-6);
+}
+
+/* Both ways to wte add up, and to what the loss itself says. */
+static void test_explain_backprop(void) {
+    struct Json *wte = json_get(json_output("explain backprop --json"), "wte");
+    double number[4] = {0};
+    size_t n = 0;
+    for (struct Json *item = wte ? wte->child : NULL; item && n < 4; item = item->next)
+        number[n++] = item->number;
+    expect_count("numbers", n, 4);
+    expect_true("neither way is nothing", fabs(number[0]) > 0.01 && fabs(number[1]) > 0.01);
+    expect_close("both", number[0] + number[1], number[2], 1e-6);
+    expect_close("central difference", number[3], number[2], 1e-4);
+}
+
+/* A policy, a reference and a judge in folders of their own; two answers to "The film is". */
+static struct Json *explained(const char *topic, const char *flags) {
+    return json_output(formatted("explain %s --json --model_name_or_path @explained "
+                                 "--prompt 'The film is' %s",
+                                 topic, flags));
+}
+
+/* ppo's and dpo's numbers are those of batch_logprobs, ref_logprobs those of the reference. */
+static void test_explain_models(void) {
+    struct GPT2 *policy = random_model(300, 24, 12, 1, 3);
+    struct GPT2 *ref = random_model(300, 24, 12, 1, 3);
+    value_head_init(policy, 1);
+    model_save(policy, temporary("explained"), tokenizer);
+    model_save(ref, temporary("explained_ref"), tokenizer);
+    saved_model("explained_judge");
+    struct Example answer =
+        example_prompt_completion(&test_arena, tokenizer, text_of("The film is"),
+                                  text_of(" a lot of fun"), 300, NULL);
+    struct Batch batch = collate(&test_arena, &answer, 1, SKIP_LAST);
+    struct LMHead head = batch_logprobs(policy, &test_arena, &batch, 1, false);
+    struct LMHead ref_head = batch_logprobs(ref, &test_arena, &batch, 1, false);
+    double logprobs[24];
+    double ref_logprobs[24];
+    for (size_t r = 0; r < batch.R; r++) {
+        logprobs[r] = head.logprob[r];
+        ref_logprobs[r] = ref_head.logprob[r];
+    }
+    struct Json *ppo = explained("ppo", "--response ' a lot of fun' --ref_model @explained_ref "
+                                        "--reward_model_path @explained_judge --learning_rate "
+                                        "0.01");
+    struct Json *first = json_get(ppo, "answers") ? json_get(ppo, "answers")->child : NULL;
+    expect_list(first, "logprobs", logprobs, batch.R, 1e-6);
+    expect_list(first, "ref_logprobs", ref_logprobs, batch.R, 1e-6);
+    expect_true("the policy has moved",
+                json_get(first, "new_logprobs")
+                    && fabs(json_get(first, "new_logprobs")->child->number - logprobs[0]) > 1e-4);
+    struct Json *dpo = explained("dpo", "--response ' a lot of fun' --ref_model @explained_ref");
+    expect_list(dpo, "chosen_logprobs", logprobs, batch.R, 1e-6);
+    expect_list(dpo, "ref_chosen_logprobs", ref_logprobs, batch.R, 1e-6);
+
+    /* the text of each topic, whatever the models' numbers are */
+    static const char *const lines[] = {"bpe", "attention", "softmax", "sampling", "dpo"};
+    for (size_t i = 0; i < COUNT(lines); i++)
+        expect_printed(formatted("explain %s --model_name_or_path @explained --prompt 'The film'",
+                                 lines[i]),
+                       "\n");
+    static const char *const judged[] = {"reward", "reinforce", "gae", "ppo"};
+    for (size_t i = 0; i < COUNT(judged); i++)
+        expect_printed(formatted("explain %s --model_name_or_path @explained --prompt 'The film' "
+                                 "--reward_model_path @explained_judge --language pt",
+                                 judged[i]),
+                       "\n");
+    expect_printed("explain kl --model_name_or_path @explained --prompt 'The film' "
+                   "--ref_model @explained_ref --top_n 3",
+                   "\n");
+}
+
+/* A flag that is missing, or that the topic has no use for, is named. */
+static void test_explain_model_flags(void) {
+    static const struct {
+        const char *line, *message;
+        int status;
+    } cases[] = {
+        {"explain ppo --prompt x", "needs --model_name_or_path", 2},
+        {"explain kl --model_name_or_path @m --prompt x", "--ref_model is needed", 2},
+        {"explain gae --model_name_or_path @m --prompt x", "--reward_model_path is needed", 2},
+        {"explain softmax --model_name_or_path @m", "--prompt is needed", 2},
+        {"explain softmax --model_name_or_path @m --prompt x --rejected y", "no use for it", 2},
+        {"explain lora --model_name_or_path @m --prompt x", "no table for real models", 2},
+        {"explain bpe --prompt ''", "a word of 1 to 12 bytes", 1},
+    };
+    for (size_t i = 0; i < COUNT(cases); i++)
+        expect_end(cases[i].line, run_command,
+                   words_of(formatted("%s --tokenizer @tokenizer.bin", cases[i].line)),
+                   cases[i].status, cases[i].message);
+}
+
+/* gae of the built-in example by hand, from the last token back: 0.4; 0.95 * 0.4 = 0.38;
+ * 0.1 + 0.95 * 0.38 = 0.461; -0.074 + 0.95 * 0.461 = 0.36395. The ratio of " fun" is e^0.3. */
+static void test_explain_example(void) {
+    struct Json *said = json_output("explain gae --json");
+    struct Json *first = json_get(said, "answers") ? json_get(said, "answers")->child : NULL;
+    expect_list(first, "deltas", (double[]){-0.074, 0.1, 0, 0.4}, 4, 1e-6);
+    expect_list(first, "raw_advantages", (double[]){0.36395, 0.461, 0.38, 0.4}, 4, 1e-6);
+    expect_list(first, "returns", (double[]){0.76395, 0.761, 0.88, 0.9}, 4, 1e-6);
+    said = json_output("explain ppo --json");
+    first = json_get(said, "answers") ? json_get(said, "answers")->child : NULL;
+    expect_list(first, "rewards", (double[]){0.026, -0.1, 0, 0.9}, 4, 1e-6);
+    expect_list(first, "ratios", (double[]){exp(0.1), exp(0.1), exp(0.01), exp(0.3)}, 4, 1e-6);
+    const struct Json *clipped =
+        json_get(first, "clipped") ? json_get(first, "clipped")->child : NULL;
+    for (size_t t = 0; clipped; t++, clipped = clipped->next)
+        expect_true("only the last token is clipped", (clipped->type == JSON_TRUE) == (t == 3));
+    /* the sampled token is where 0.6 lies: in the stretch of " a", which ends at 0.632 */
+    expect_close("token", json_number_or(json_output("explain sampling --json"), "token", -1), 0,
+                 0);
+}
+
+static const char *const EXAMPLE_TOPICS[] = {"softmax", "sampling", "kl",  "reward", "reinforce",
+                                             "gae",     "ppo",      "dpo", "exact"};
+
+/* What a topic prints is an example that gives the same again, and so is nothing at all. */
+static void test_explain_again(void) {
+    for (size_t i = 0; i < COUNT(EXAMPLE_TOPICS); i++) {
+        const char *line = formatted("explain %s --json", EXAMPLE_TOPICS[i]);
+        struct Text first = command_output(line);
+        FILE *file = fopen(temporary("explain.json"), "w");
+        fwrite(first.data, 1, first.length, file);
+        fclose(file);
+        struct Text again = command_output(formatted("%s --example @explain.json", line));
+        expect_true(formatted("%s is a fixed point", line), text_equal(first, again));
+        write_json("explain.json", "{}");
+        again = command_output(formatted("%s --example @explain.json", line));
+        expect_true(formatted("%s of {}", line), text_equal(first, again));
+    }
+}
+
+/* The text in both languages; with numbers and names that are as wide as they may be. */
+static void test_explain_text(void) {
+    expect_printed("explain gae", "delta = -0.1 + 1 * 0.5 - 0.3 = 0.1");
+    expect_printed("explain ppo", "= max(-1.1492, -1.0216) = -1.0216");
+    expect_printed("explain ppo --language pt", "cortado");
+    expect_printed("explain", "  gae        how a score");
+    for (size_t i = 0; i < COUNT(EXAMPLE_TOPICS); i++) {
+        expect_printed(formatted("explain %s", EXAMPLE_TOPICS[i]), "=");
+        expect_printed(formatted("explain %s --language pt", EXAMPLE_TOPICS[i]), "=");
+    }
+    write_json("explain.json",
+               "{'prompt': '\\u001b[31m a prompt that is a good deal longer than a terminal is "
+               "wide',"
+               "'answers': [{'tokens': ['\\u00e9\\u00e9\\u00e9\\u00e9\\u00e9\\u00e9\\u00e9\\u00e9"
+               "\\u00e9\\u00e9\\u00e9\\u00e9'], 'score': -999999.5, 'logprobs': [-79.123456],"
+               "'ref_logprobs': [-0.123456], 'values': [-123456.7], 'new_logprobs': [0],"
+               "'new_values': [999999.5]}]}");
+    expect_printed("explain ppo --example @explain.json", "answer 1");
+}
+
+/* An error names the file's field, and what was found. */
+static void test_explain_errors(void) {
+    static const struct {
+        const char *topic, *json, *message;
+    } cases[] = {
+        {"softmax", "{'temprature': 1}", "temprature: explain softmax has no field"},
+        {"softmax", "{'logits': 3}", "logits: a list [...] was expected; found: 3"},
+        {"softmax", "{'logits': [1, 'x']}", "logits[1]: a number was expected, from -300 to 300"},
+        {"softmax", "{'temperature': 0}", "temperature: a number was expected, from 0.001"},
+        {"softmax", "{'logits': [1e300]}", "logits[0]: a number was expected"},
+        {"softmax", "{'logits': [NaN]}", "NaN is not JSON"},
+        {"sampling", "{'ids': [4]}", "ids: id 4; logits has 4 items"},
+        {"sampling", "{'u': 1}", "u: a number was expected, from 0 to 0.999999999; found: 1"},
+        {"sampling", "{'tokens': ['a']}", "tokens: 1 items; 4 were expected"},
+        {"reinforce", "{'answers': [{'score': 'good'}]}", "answers[0].score: a number"},
+        {"reinforce", "{'answers': [{}]}", "baseline: rloo compares"},
+        {"gae", "{'answers': [{}, {'values': [1]}]}", "answers[1].values: 1 items; 4 were"},
+        {"gae", "{'answers': [{}, {}, {}]}", "answers[2].rewards: is missing"},
+        {"ppo", "{'answers': []}", "answers: an empty list"},
+        {"ppo", "{'answers': [[]]}", "answers[0]: an object {...} was expected; found: a list"},
+        {"exact", "{'ref_probabilities': [0.2, 0.2, 0.2]}", "they sum to 0.6; 1 was expected"},
+        {"kl", "[]", "a JSON object"},
+    };
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        write_json("explain.json", cases[i].json);
+        expect_end(cases[i].json, run_command,
+                   words_of(formatted("explain %s --example @explain.json", cases[i].topic)), 1,
+                   cases[i].message);
+    }
+    write_json("explain.json", "{}");
+    expect_end("print only", run_command, words_of("explain lora --example @explain.json"), 2,
+               "--example: explain lora has numbers of its own");
+    expect_end("no topic", run_command, words_of("explain gea"), 2,
+               "there is no topic \"gea\"; the nearest is \"gae\"");
+
+    /* a list that no table could show, and weights that no double holds */
+    const char *logits = "0";
+    for (int i = 0; i < 1000; i++)
+        logits = formatted("%s,0", logits);
+    write_json("explain.json", formatted("{'logits': [%s]}", logits));
+    expect_end("a long list", run_command, words_of("explain softmax --example @explain.json"), 1,
+               "logits: 1001 items; at most 1000 can be explained");
+    write_json("explain.json", "{'beta': 0.001}");
+    expect_end("a small beta", run_command, words_of("explain exact --example @explain.json"), 1,
+               "e^(reward / beta) is too large to be shown");
+}
+
+/* The example that align explain has built in, as TRL, torch and transformers compute it in double:
+ * golden.py, part F, which also says what was given to them. docs/tools/check_explain.py reads the
+ * numbers here, and holds what align explain --json prints, and its own formulas, to them. */
+
+static const float golden_explain_logits[4] = {2, 1, 1.5f, 0.5f};
+
+static const double golden_explain_softmax[4] = {0.455054234, 0.167405097, 0.276004345,
+                                                 0.101536324};
+static const double golden_explain_log_sum_exp = 2.78733867;
+static const double golden_explain_entropy = 1.24505043;
+
+/* torch's softmax, logsumexp and Categorical.entropy. */
+static void test_explain_golden_softmax(void) {
+    float p[4];
+    memcpy(p, golden_explain_logits, sizeof p);
+    float lse = softmax(p, 4);
+    expect_floats("probabilities", p, golden_explain_softmax, 4, 1e-7);
+    expect_close("log_sum_exp", lse, golden_explain_log_sum_exp, 1e-6);
+    expect_close("entropy", entropy_of_logits(golden_explain_logits, lse, 4),
+                 golden_explain_entropy, 1e-6);
+    expect_count("argmax", argmax(golden_explain_logits, 4), 0);
+}
+
+static const double golden_explain_penalized[4] = {2.0, 1.0, 1.25, 0.5};
+static const double golden_explain_scaled[4] = {2.85714286, 1.42857143, 1.78571429, 0.714285714};
+static const double golden_explain_top_k[4] = {2.85714286, 1.42857143, 1.78571429, -INFINITY};
+static const double golden_explain_top_p[4] = {2.85714286, 1.42857143, 1.78571429, -INFINITY};
+static const double golden_explain_drawn[4] = {0.632043376, 0.15146985, 0.216486774, 0.0};
+static const double golden_explain_tied[4] = {-INFINITY, -INFINITY, 0.0, 0.0};
+
+/* Each processor of transformers, then all of them. */
+static void test_explain_golden_sampling(void) {
+    struct GenerationConfig config = sampling(0.7, 3, 0.9);
+    float x[4];
+    memcpy(x, golden_explain_logits, sizeof x);
+    process_repetition_penalty(x, 4, (int[]){2}, 1, 1.2);
+    expect_floats("penalty 1.2 for id 2", x, golden_explain_penalized, 4, 1e-6);
+    for (size_t v = 0; v < 4; v++)
+        expect_close("temperature 0.7", x[v] / 0.7, golden_explain_scaled[v], 1e-6);
+    process_logits(x, 4, &config, NULL, 0, 0, 0);
+    for (size_t v = 0; v < 4; v++)
+        expect_close("what top-k and top-p leave", x[v], golden_explain_top_p[v], 1e-6);
+    softmax(x, 4);
+    expect_floats("their probabilities", x, golden_explain_drawn, 4, 2e-7);
+    float tied[4] = {0};
+    process_top_p(tied, 4, 0.5, 1);
+    for (size_t v = 0; v < 4; v++)
+        expect_close("of equal logits the later ones stay", tied[v], golden_explain_tied[v], 0);
+    memcpy(x, (float[]){2 / 0.7f, 1 / 0.7f, 1.25f / 0.7f, 0.5f / 0.7f}, sizeof x);
+    process_top_k(x, 4, 3);
+    for (size_t v = 0; v < 4; v++)
+        expect_close("top-k alone", x[v], golden_explain_top_k[v], 1e-6);
+}
+
+static const double golden_explain_kl = 0.0112439662;
+static const double golden_explain_k1[4] = {-0.128206084, 0.0717939158, 0.0717939158, 0.371793916};
+static const double golden_explain_k3[4] = {0.00858116825, 0.00251659909, 0.00251659909,
+                                            0.061290238};
+static const double golden_explain_mean_k3 = 0.0112439662;
+
+/* torch's kl_divergence; the estimates from each token that could be drawn. */
+static void test_explain_golden_kl(void) {
+    static const float ref_logits[4] = {2, 0.8f, 1.3f, 0};
+    float scratch[4];
+    float p_lse = log_sum_exp(golden_explain_logits, 4, scratch);
+    float q_lse = log_sum_exp(ref_logits, 4, scratch);
+    double mean_k3 = 0;
+    expect_close("kl", kl_exact(golden_explain_logits, p_lse, ref_logits, q_lse, 4),
+                 golden_explain_kl, 5e-7);
+    for (size_t v = 0; v < 4; v++) {
+        double log_p = golden_explain_logits[v] - p_lse;
+        double log_q = ref_logits[v] - q_lse;
+        expect_close("k1", kl_k1(log_p, log_q), golden_explain_k1[v], 1e-6);
+        expect_close("k3", kl_k3(log_p, log_q), golden_explain_k3[v], 1e-6);
+        mean_k3 += exp(log_p) * kl_k3(log_p, log_q);
+    }
+    expect_close("the mean of k3", mean_k3, golden_explain_mean_k3, 1e-6);
+    expect_close("is the KL", golden_explain_mean_k3, golden_explain_kl, 1e-10);
+}
+
+static const double golden_explain_reward[4] = {0.832018385, 0.183900741, -0.167981615,
+                                                0.167981615};
+static const double golden_explain_reward_margin[4] = {0.832018385, 0.288935325, -0.241739894,
+                                                       0.257739894};
+
+/* torch's logsigmoid, slopes by autograd. */
+static void test_explain_golden_reward(void) {
+    struct PairLoss plain = bradley_terry_pair(1, -0.6, 0, 0);
+    struct PairLoss margin = bradley_terry_pair(1, -0.6, 0.5, 0.01);
+    expect_doubles("no margin",
+                   (double[]){sigmoid(1.6), plain.loss, plain.dchosen, plain.drejected},
+                   golden_explain_reward, 4, 1e-8);
+    expect_doubles("margin 0.5, centred with 0.01",
+                   (double[]){sigmoid(1.6), margin.loss, margin.dchosen, margin.drejected},
+                   golden_explain_reward_margin, 4, 1e-8);
+}
+
+static const float golden_explain_logprobs[8] = {-0.79f, -1.8f, -0.05f, -0.7f,
+                                                 -1.79f, -0.6f, -0.8f,  -0.5f};
+static const float golden_explain_ref_logprobs[8] = {-0.66f, -2.3f, -0.05f, -1.2f,
+                                                     -1.86f, -0.7f, -0.7f,  -0.5f};
+
+static const double golden_explain_reinforce_reward[2] = {0.826, -0.614};
+static const double golden_explain_reinforce_advantage[2] = {1.44, -1.44};
+static const double golden_explain_reinforce_loss = -0.252;
+static const double golden_explain_reinforce_dlogps[2] = {-0.72, 0.72};
+
+/* Leave one out as in TRL's RLOOTrainer, slopes by autograd. */
+static void test_explain_golden_reinforce(void) {
+    float rewards[2], advantages[2];
+    double logps[2], dlogps[2];
+    for (size_t b = 0; b < 2; b++) {
+        logps[b] = sequence_logprob(golden_explain_logprobs + 4 * b, 4);
+        double ref_logp = sequence_logprob(golden_explain_ref_logprobs + 4 * b, 4);
+        rewards[b] = (float)reinforce_reward((double[]){1, -0.6}[b], 0.2, logps[b], ref_logp);
+    }
+    reinforce_advantages(BASELINE_RLOO, rewards, 2, 2, 0, advantages);
+    double loss = reinforce_loss(advantages, logps, 2, dlogps);
+    expect_floats("rewards", rewards, golden_explain_reinforce_reward, 2, 2e-7);
+    expect_floats("advantages", advantages, golden_explain_reinforce_advantage, 2, 4e-7);
+    expect_close("loss", loss, golden_explain_reinforce_loss, 1e-6);
+    expect_doubles("slopes", dlogps, golden_explain_reinforce_dlogps, 2, 2e-7);
+}
+
+static const double golden_explain_ppo_kl[8] = {-0.13, 0.5, 0.0, 0.5, 0.07, 0.1, -0.1, 0.0};
+static const double golden_explain_ppo_rewards[8] = {0.026,  -0.1,  0,    0.9,
+                                                     -0.014, -0.02, 0.02, -0.6};
+static const double golden_explain_ppo_raw_advantages[8] = {0.36395,   0.461,   0.38,  0.4,
+                                                            -0.961925, -0.4715, -0.37, -0.2};
+static const double golden_explain_ppo_returns[8] = {0.76395,   0.761,   0.88,  0.9,
+                                                     -0.561925, -0.5715, -0.57, -0.6};
+static const double golden_explain_ppo_advantages[8] = {0.783122307,  0.966808828, 0.81350014,
+                                                        0.851354137,  -1.72636111, -0.798133783,
+                                                        -0.606024748, -0.284265774};
+static const double golden_explain_ppo_ratios[8] = {1.10517092,  1.10517092,  1.01005017,
+                                                    1.34985881,  0.860707976, 0.951229425,
+                                                    0.980198673, 1.0};
+static const int golden_explain_ppo_clipped[8] = {0, 0, 0, 1, 0, 0, 0, 0};
+static const double golden_explain_ppo_token_losses[8] = {-0.865483999, -1.068489,  -0.821675952,
+                                                          -1.02162496,  1.48589278, 0.759208339,
+                                                          0.594024654,  0.284265774};
+static const double golden_explain_ppo_dlogprobs[8] = {-0.1081855,   -0.133561125, -0.102709494,
+                                                       0.0,          0.185736597,  0.0949010424,
+                                                       0.0742530818, 0.0355332217};
+static const double golden_explain_ppo_value_losses[8] = {0.0492823013, 0.0844605,   0.0392, 0.02,
+                                                          0.511996103,  0.088831125, 0.0512, 0.005};
+static const double golden_explain_ppo_dvalues[8] = {-0.003924375, -0.0051375, -0.0035, 0.0,
+                                                     0.0126490625, 0.00526875, 0.004,   0.00125};
+static const double golden_explain_ppo_loss[3] = {-0.0817352967, 0.106246254, -0.0711106714};
+
+/* compute_rewards, compute_advantages and loss of TRL's PPOTrainer. */
+static void test_explain_golden_ppo(void) {
+    struct RolloutTrainer ppo = {.ppo.config = ppo_config(), .kl_coef = 0.2};
+    float column[5][8], raw_advantages[8];
+    struct PPOBatch p = {
+        .B = 2,
+        .R = 8,
+        .start = (size_t[]){0, 4, 8},
+        .padding = (size_t[]){0, 0},
+        .values = (float[]){0.4f, 0.3f, 0.5f, 0.5f, 0.4f, -0.1f, -0.2f, -0.4f},
+        .kl = column[0],
+        .non_score_rewards = column[1],
+        .rewards = column[2],
+        .advantages = column[3],
+        .returns = column[4],
+    };
+    p.logprobs = memcpy(arena_floats(&test_arena, 8), golden_explain_logprobs,
+                        sizeof golden_explain_logprobs);
+    p.ref_logprobs = memcpy(arena_floats(&test_arena, 8), golden_explain_ref_logprobs,
+                            sizeof golden_explain_ref_logprobs);
+    ppo_rewards(&ppo, &p, (float[]){1, -0.6f});
+    ppo_advantages(&ppo.ppo.config, &p);
+    for (size_t t = 0; t < 8; t++)
+        raw_advantages[t] = p.returns[t] - p.values[t];
+    expect_floats("kl", p.kl, golden_explain_ppo_kl, 8, 2e-7);
+    expect_floats("rewards", p.rewards, golden_explain_ppo_rewards, 8, 1e-7);
+    expect_floats("raw advantages", raw_advantages, golden_explain_ppo_raw_advantages, 8, 3e-7);
+    expect_floats("returns", p.returns, golden_explain_ppo_returns, 8, 3e-7);
+    expect_floats("advantages", p.advantages, golden_explain_ppo_advantages, 8, 1e-6);
+
+    static const float logprobs[] = {-0.69f, -1.7f, -0.04f, -0.4f, -1.94f, -0.65f, -0.82f, -0.5f};
+    static const float values[] = {0.45f, 0.35f, 0.6f, 0.85f, 0.45f, -0.15f, -0.25f, -0.5f};
+    struct PPOTokens tokens = tokens_of(&p, 8, logprobs, values);
+    struct PPOLoss loss = ppo_loss(&ppo.ppo.config, &tokens);
+    for (size_t t = 0; t < 8; t++) {
+        expect_close("ratio", tokens.policy[t].ratio, golden_explain_ppo_ratios[t], 3e-7);
+        expect_count("clipped", tokens.policy[t].is_clipped, (size_t)golden_explain_ppo_clipped[t]);
+        expect_close("token loss", tokens.policy[t].loss, golden_explain_ppo_token_losses[t], 2e-6);
+        expect_close("value loss", tokens.value[t].loss, golden_explain_ppo_value_losses[t], 5e-7);
+    }
+    expect_floats("d log-probability", tokens.dlogprobs, golden_explain_ppo_dlogprobs, 8, 2e-7);
+    expect_floats("d value", tokens.dvalues, golden_explain_ppo_dvalues, 8, 1e-8);
+    expect_doubles("losses", (double[]){loss.policy, loss.value, loss.total},
+                   golden_explain_ppo_loss, 3, 1e-6);
+}
+
+static const double golden_explain_dpo[5] = {0.653946967, -0.048001066, 0.048001066, 0.087, 0.007};
+static const double golden_explain_dpo_smoothed[5] = {0.661946967, -0.038001066, 0.038001066, 0.087,
+                                                      0.007};
+
+/* TRL's dpo_loss. */
+static void test_explain_golden_dpo(void) {
+    struct DPOSide side[2] = {{.length = 4}, {.length = 4}};
+    for (size_t b = 0; b < 2; b++) {
+        side[b].logp = sequence_logprob(golden_explain_logprobs + 4 * b, 4);
+        side[b].ref_logp = sequence_logprob(golden_explain_ref_logprobs + 4 * b, 4);
+    }
+    struct DPOConfig config = {.beta = 0.1, .weight = {[DPO_SIGMOID] = 1}};
+    for (int smoothed = 0; smoothed < 2; smoothed++) {
+        config.label_smoothing = smoothed ? 0.1 : 0;
+        double loss = dpo_loss(&config, 1, &side[0], &side[1]);
+        expect_doubles(smoothed ? "label_smoothing 0.1" : "none",
+                       (double[]){loss, side[0].dlogp, side[1].dlogp,
+                                  implied_reward(0.1, side[0].logp, side[0].ref_logp),
+                                  implied_reward(0.1, side[1].logp, side[1].ref_logp)},
+                       smoothed ? golden_explain_dpo_smoothed : golden_explain_dpo, 5, 5e-8);
+    }
+}
+
+static const double golden_explain_Z = 2.06816948;
+static const double golden_explain_optimum[3] = {0.714550346, 0.0436899704, 0.241759684};
+static const double golden_explain_objective_ref = 0.02;
+static const double golden_explain_objective_max = 0.363331954;
+
+/* torch's kl_divergence; the objective at the optimum. */
+static void test_explain_golden_exact(void) {
+    double ref_logps[] = {log(0.2), log(0.3), log(0.5)};
+    double optimum[3];
+    struct ExactWorld w = {
+        .n = 3,
+        .r = (double[]){1, -0.6, 0},
+        .beta = 0.5,
+        .logps = {ref_logps, optimum},
+    };
+    w.log_Z = exact_optimum(ref_logps, w.r, 3, 0.5, optimum);
+    expect_close("Z", exp(w.log_Z), golden_explain_Z, 1e-8);
+    for (size_t i = 0; i < 3; i++)
+        expect_close("optimum", exp(optimum[i]), golden_explain_optimum[i], 1e-9);
+    expect_close("objective of the reference", exact_figures(&w, ref_logps).objective,
+                 golden_explain_objective_ref, 1e-9);
+    expect_close("of the optimum", exact_figures(&w, optimum).objective,
+                 golden_explain_objective_max, 1e-9);
 }
 
 /* =============================================================================================
@@ -9139,507 +9649,8 @@ static void test_fixtures_reward(void) {
 }
 
 /* =============================================================================================
- * Explain
- *
- * The example that align explain has built in, as TRL, torch and transformers compute it in double:
- * golden.py, part F, which also says what was given to them. docs/tools/check_explain.py reads the
- * numbers here, and holds what align explain --json prints, and its own formulas, to them.
- * ============================================================================================= */
-
-static const float golden_explain_logits[4] = {2, 1, 1.5f, 0.5f};
-
-static const double golden_explain_softmax[4] = {0.455054234, 0.167405097, 0.276004345,
-                                                 0.101536324};
-static const double golden_explain_log_sum_exp = 2.78733867;
-static const double golden_explain_entropy = 1.24505043;
-
-/* torch's softmax, logsumexp and Categorical.entropy. */
-static void test_explain_golden_softmax(void) {
-    float p[4];
-    memcpy(p, golden_explain_logits, sizeof p);
-    float lse = softmax(p, 4);
-    expect_floats("probabilities", p, golden_explain_softmax, 4, 1e-7);
-    expect_close("log_sum_exp", lse, golden_explain_log_sum_exp, 1e-6);
-    expect_close("entropy", entropy_of_logits(golden_explain_logits, lse, 4),
-                 golden_explain_entropy, 1e-6);
-    expect_count("argmax", argmax(golden_explain_logits, 4), 0);
-}
-
-static const double golden_explain_penalized[4] = {2.0, 1.0, 1.25, 0.5};
-static const double golden_explain_scaled[4] = {2.85714286, 1.42857143, 1.78571429, 0.714285714};
-static const double golden_explain_top_k[4] = {2.85714286, 1.42857143, 1.78571429, -INFINITY};
-static const double golden_explain_top_p[4] = {2.85714286, 1.42857143, 1.78571429, -INFINITY};
-static const double golden_explain_drawn[4] = {0.632043376, 0.15146985, 0.216486774, 0.0};
-static const double golden_explain_tied[4] = {-INFINITY, -INFINITY, 0.0, 0.0};
-
-/* Each processor of transformers, then all of them. */
-static void test_explain_golden_sampling(void) {
-    struct GenerationConfig config = sampling(0.7, 3, 0.9);
-    float x[4];
-    memcpy(x, golden_explain_logits, sizeof x);
-    process_repetition_penalty(x, 4, (int[]){2}, 1, 1.2);
-    expect_floats("penalty 1.2 for id 2", x, golden_explain_penalized, 4, 1e-6);
-    for (size_t v = 0; v < 4; v++)
-        expect_close("temperature 0.7", x[v] / 0.7, golden_explain_scaled[v], 1e-6);
-    process_logits(x, 4, &config, NULL, 0, 0, 0);
-    for (size_t v = 0; v < 4; v++)
-        expect_close("what top-k and top-p leave", x[v], golden_explain_top_p[v], 1e-6);
-    softmax(x, 4);
-    expect_floats("their probabilities", x, golden_explain_drawn, 4, 2e-7);
-    float tied[4] = {0};
-    process_top_p(tied, 4, 0.5, 1);
-    for (size_t v = 0; v < 4; v++)
-        expect_close("of equal logits the later ones stay", tied[v], golden_explain_tied[v], 0);
-    memcpy(x, (float[]){2 / 0.7f, 1 / 0.7f, 1.25f / 0.7f, 0.5f / 0.7f}, sizeof x);
-    process_top_k(x, 4, 3);
-    for (size_t v = 0; v < 4; v++)
-        expect_close("top-k alone", x[v], golden_explain_top_k[v], 1e-6);
-}
-
-static const double golden_explain_kl = 0.0112439662;
-static const double golden_explain_k1[4] = {-0.128206084, 0.0717939158, 0.0717939158, 0.371793916};
-static const double golden_explain_k3[4] = {0.00858116825, 0.00251659909, 0.00251659909,
-                                            0.061290238};
-static const double golden_explain_mean_k3 = 0.0112439662;
-
-/* torch's kl_divergence; the estimates from each token that could be drawn. */
-static void test_explain_golden_kl(void) {
-    static const float ref_logits[4] = {2, 0.8f, 1.3f, 0};
-    float scratch[4];
-    float p_lse = log_sum_exp(golden_explain_logits, 4, scratch);
-    float q_lse = log_sum_exp(ref_logits, 4, scratch);
-    double mean_k3 = 0;
-    expect_close("kl", kl_exact(golden_explain_logits, p_lse, ref_logits, q_lse, 4),
-                 golden_explain_kl, 5e-7);
-    for (size_t v = 0; v < 4; v++) {
-        double log_p = golden_explain_logits[v] - p_lse;
-        double log_q = ref_logits[v] - q_lse;
-        expect_close("k1", kl_k1(log_p, log_q), golden_explain_k1[v], 1e-6);
-        expect_close("k3", kl_k3(log_p, log_q), golden_explain_k3[v], 1e-6);
-        mean_k3 += exp(log_p) * kl_k3(log_p, log_q);
-    }
-    expect_close("the mean of k3", mean_k3, golden_explain_mean_k3, 1e-6);
-    expect_close("is the KL", golden_explain_mean_k3, golden_explain_kl, 1e-10);
-}
-
-static const double golden_explain_reward[4] = {0.832018385, 0.183900741, -0.167981615,
-                                                0.167981615};
-static const double golden_explain_reward_margin[4] = {0.832018385, 0.288935325, -0.241739894,
-                                                       0.257739894};
-
-/* torch's logsigmoid, slopes by autograd. */
-static void test_explain_golden_reward(void) {
-    struct PairLoss plain = bradley_terry_pair(1, -0.6, 0, 0);
-    struct PairLoss margin = bradley_terry_pair(1, -0.6, 0.5, 0.01);
-    expect_doubles("no margin",
-                   (double[]){sigmoid(1.6), plain.loss, plain.dchosen, plain.drejected},
-                   golden_explain_reward, 4, 1e-8);
-    expect_doubles("margin 0.5, centred with 0.01",
-                   (double[]){sigmoid(1.6), margin.loss, margin.dchosen, margin.drejected},
-                   golden_explain_reward_margin, 4, 1e-8);
-}
-
-static const float golden_explain_logprobs[8] = {-0.79f, -1.8f, -0.05f, -0.7f,
-                                                 -1.79f, -0.6f, -0.8f,  -0.5f};
-static const float golden_explain_ref_logprobs[8] = {-0.66f, -2.3f, -0.05f, -1.2f,
-                                                     -1.86f, -0.7f, -0.7f,  -0.5f};
-
-static const double golden_explain_reinforce_reward[2] = {0.826, -0.614};
-static const double golden_explain_reinforce_advantage[2] = {1.44, -1.44};
-static const double golden_explain_reinforce_loss = -0.252;
-static const double golden_explain_reinforce_dlogps[2] = {-0.72, 0.72};
-
-/* Leave one out as in TRL's RLOOTrainer, slopes by autograd. */
-static void test_explain_golden_reinforce(void) {
-    float rewards[2], advantages[2];
-    double logps[2], dlogps[2];
-    for (size_t b = 0; b < 2; b++) {
-        logps[b] = sequence_logprob(golden_explain_logprobs + 4 * b, 4);
-        double ref_logp = sequence_logprob(golden_explain_ref_logprobs + 4 * b, 4);
-        rewards[b] = (float)reinforce_reward((double[]){1, -0.6}[b], 0.2, logps[b], ref_logp);
-    }
-    reinforce_advantages(BASELINE_RLOO, rewards, 2, 2, 0, advantages);
-    double loss = reinforce_loss(advantages, logps, 2, dlogps);
-    expect_floats("rewards", rewards, golden_explain_reinforce_reward, 2, 2e-7);
-    expect_floats("advantages", advantages, golden_explain_reinforce_advantage, 2, 4e-7);
-    expect_close("loss", loss, golden_explain_reinforce_loss, 1e-6);
-    expect_doubles("slopes", dlogps, golden_explain_reinforce_dlogps, 2, 2e-7);
-}
-
-static const double golden_explain_ppo_kl[8] = {-0.13, 0.5, 0.0, 0.5, 0.07, 0.1, -0.1, 0.0};
-static const double golden_explain_ppo_rewards[8] = {0.026,  -0.1,  0,    0.9,
-                                                     -0.014, -0.02, 0.02, -0.6};
-static const double golden_explain_ppo_raw_advantages[8] = {0.36395,   0.461,   0.38,  0.4,
-                                                            -0.961925, -0.4715, -0.37, -0.2};
-static const double golden_explain_ppo_returns[8] = {0.76395,   0.761,   0.88,  0.9,
-                                                     -0.561925, -0.5715, -0.57, -0.6};
-static const double golden_explain_ppo_advantages[8] = {0.783122307,  0.966808828, 0.81350014,
-                                                        0.851354137,  -1.72636111, -0.798133783,
-                                                        -0.606024748, -0.284265774};
-static const double golden_explain_ppo_ratios[8] = {1.10517092,  1.10517092,  1.01005017,
-                                                    1.34985881,  0.860707976, 0.951229425,
-                                                    0.980198673, 1.0};
-static const int golden_explain_ppo_clipped[8] = {0, 0, 0, 1, 0, 0, 0, 0};
-static const double golden_explain_ppo_token_losses[8] = {-0.865483999, -1.068489,  -0.821675952,
-                                                          -1.02162496,  1.48589278, 0.759208339,
-                                                          0.594024654,  0.284265774};
-static const double golden_explain_ppo_dlogprobs[8] = {-0.1081855,   -0.133561125, -0.102709494,
-                                                       0.0,          0.185736597,  0.0949010424,
-                                                       0.0742530818, 0.0355332217};
-static const double golden_explain_ppo_value_losses[8] = {0.0492823013, 0.0844605,   0.0392, 0.02,
-                                                          0.511996103,  0.088831125, 0.0512, 0.005};
-static const double golden_explain_ppo_dvalues[8] = {-0.003924375, -0.0051375, -0.0035, 0.0,
-                                                     0.0126490625, 0.00526875, 0.004,   0.00125};
-static const double golden_explain_ppo_loss[3] = {-0.0817352967, 0.106246254, -0.0711106714};
-
-/* compute_rewards, compute_advantages and loss of TRL's PPOTrainer. */
-static void test_explain_golden_ppo(void) {
-    struct RolloutTrainer ppo = {.ppo.config = ppo_config(), .kl_coef = 0.2};
-    float column[5][8], raw_advantages[8];
-    struct PPOBatch p = {
-        .B = 2,
-        .R = 8,
-        .start = (size_t[]){0, 4, 8},
-        .padding = (size_t[]){0, 0},
-        .values = (float[]){0.4f, 0.3f, 0.5f, 0.5f, 0.4f, -0.1f, -0.2f, -0.4f},
-        .kl = column[0],
-        .non_score_rewards = column[1],
-        .rewards = column[2],
-        .advantages = column[3],
-        .returns = column[4],
-    };
-    p.logprobs = memcpy(arena_floats(&test_arena, 8), golden_explain_logprobs,
-                        sizeof golden_explain_logprobs);
-    p.ref_logprobs = memcpy(arena_floats(&test_arena, 8), golden_explain_ref_logprobs,
-                            sizeof golden_explain_ref_logprobs);
-    ppo_rewards(&ppo, &p, (float[]){1, -0.6f});
-    ppo_advantages(&ppo.ppo.config, &p);
-    for (size_t t = 0; t < 8; t++)
-        raw_advantages[t] = p.returns[t] - p.values[t];
-    expect_floats("kl", p.kl, golden_explain_ppo_kl, 8, 2e-7);
-    expect_floats("rewards", p.rewards, golden_explain_ppo_rewards, 8, 1e-7);
-    expect_floats("raw advantages", raw_advantages, golden_explain_ppo_raw_advantages, 8, 3e-7);
-    expect_floats("returns", p.returns, golden_explain_ppo_returns, 8, 3e-7);
-    expect_floats("advantages", p.advantages, golden_explain_ppo_advantages, 8, 1e-6);
-
-    static const float logprobs[] = {-0.69f, -1.7f, -0.04f, -0.4f, -1.94f, -0.65f, -0.82f, -0.5f};
-    static const float values[] = {0.45f, 0.35f, 0.6f, 0.85f, 0.45f, -0.15f, -0.25f, -0.5f};
-    struct PPOTokens tokens = tokens_of(&p, 8, logprobs, values);
-    struct PPOLoss loss = ppo_loss(&ppo.ppo.config, &tokens);
-    for (size_t t = 0; t < 8; t++) {
-        expect_close("ratio", tokens.policy[t].ratio, golden_explain_ppo_ratios[t], 3e-7);
-        expect_count("clipped", tokens.policy[t].is_clipped, (size_t)golden_explain_ppo_clipped[t]);
-        expect_close("token loss", tokens.policy[t].loss, golden_explain_ppo_token_losses[t], 2e-6);
-        expect_close("value loss", tokens.value[t].loss, golden_explain_ppo_value_losses[t], 5e-7);
-    }
-    expect_floats("d log-probability", tokens.dlogprobs, golden_explain_ppo_dlogprobs, 8, 2e-7);
-    expect_floats("d value", tokens.dvalues, golden_explain_ppo_dvalues, 8, 1e-8);
-    expect_doubles("losses", (double[]){loss.policy, loss.value, loss.total},
-                   golden_explain_ppo_loss, 3, 1e-6);
-}
-
-static const double golden_explain_dpo[5] = {0.653946967, -0.048001066, 0.048001066, 0.087, 0.007};
-static const double golden_explain_dpo_smoothed[5] = {0.661946967, -0.038001066, 0.038001066, 0.087,
-                                                      0.007};
-
-/* TRL's dpo_loss. */
-static void test_explain_golden_dpo(void) {
-    struct DPOSide side[2] = {{.length = 4}, {.length = 4}};
-    for (size_t b = 0; b < 2; b++) {
-        side[b].logp = sequence_logprob(golden_explain_logprobs + 4 * b, 4);
-        side[b].ref_logp = sequence_logprob(golden_explain_ref_logprobs + 4 * b, 4);
-    }
-    struct DPOConfig config = {.beta = 0.1, .weight = {[DPO_SIGMOID] = 1}};
-    for (int smoothed = 0; smoothed < 2; smoothed++) {
-        config.label_smoothing = smoothed ? 0.1 : 0;
-        double loss = dpo_loss(&config, 1, &side[0], &side[1]);
-        expect_doubles(smoothed ? "label_smoothing 0.1" : "none",
-                       (double[]){loss, side[0].dlogp, side[1].dlogp,
-                                  implied_reward(0.1, side[0].logp, side[0].ref_logp),
-                                  implied_reward(0.1, side[1].logp, side[1].ref_logp)},
-                       smoothed ? golden_explain_dpo_smoothed : golden_explain_dpo, 5, 5e-8);
-    }
-}
-
-static const double golden_explain_Z = 2.06816948;
-static const double golden_explain_optimum[3] = {0.714550346, 0.0436899704, 0.241759684};
-static const double golden_explain_objective_ref = 0.02;
-static const double golden_explain_objective_max = 0.363331954;
-
-/* torch's kl_divergence; the objective at the optimum. */
-static void test_explain_golden_exact(void) {
-    double ref_logps[] = {log(0.2), log(0.3), log(0.5)};
-    double optimum[3];
-    struct ExactWorld w = {
-        .n = 3,
-        .r = (double[]){1, -0.6, 0},
-        .beta = 0.5,
-        .logps = {ref_logps, optimum},
-    };
-    w.log_Z = exact_optimum(ref_logps, w.r, 3, 0.5, optimum);
-    expect_close("Z", exp(w.log_Z), golden_explain_Z, 1e-8);
-    for (size_t i = 0; i < 3; i++)
-        expect_close("optimum", exp(optimum[i]), golden_explain_optimum[i], 1e-9);
-    expect_close("objective of the reference", exact_figures(&w, ref_logps).objective,
-                 golden_explain_objective_ref, 1e-9);
-    expect_close("of the optimum", exact_figures(&w, optimum).objective,
-                 golden_explain_objective_max, 1e-9);
-}
-
-/* =============================================================================================
  * The table of tests, main
  * ============================================================================================= */
-
-/* ---- Chapter 21: one example, number by number ---------------------------------------------- */
-
-/* A list of numbers in what a topic printed. */
-static void expect_list(const struct Json *object, const char *key, const double *want, size_t n,
-                        double tolerance) {
-    const struct Json *list = json_get(object, key);
-    expect_count(key, list && list->type == JSON_ARRAY ? (size_t)list->number : 0, n);
-    const struct Json *item = list ? list->child : NULL;
-    for (size_t i = 0; i < n && item; i++, item = item->next)
-        expect_close(key, item->number, want[i], tolerance);
-}
-
-static void expect_printed(const char *line, const char *part) {
-    struct Text said = command_output(line);
-    expect_true(formatted("%s prints %s", line, part), strstr(said.data, part) != NULL);
-    for (const char *at = said.data; *at; at = line_after(at)) {
-        size_t columns = 0;
-        for (const char *c = at; *c && *c != '\n'; c++)
-            columns += (*c & 0xc0) != 0x80;
-        expect_true(formatted("%s: 80 columns: %.*s", line, (int)strcspn(at, "\n"), at),
-                    columns <= 80);
-    }
-}
-
-/* What the printing topics say, by hand; their lines, in both languages. */
-static void test_explain_print(void) {
-    const char *word = "explain bpe --tokenizer @tokenizer.bin";
-    expect_printed(word, "rank  2390 -> token  2646  \" film\"");
-    expect_printed("explain omega", "omega         -3.34   0.0354   omega         -3.69   0.0250");
-    expect_printed("explain attention", "1.7225");
-    expect_printed("explain lora", "W_merged     0.9000   0.1000   1.9500");
-    expect_printed("explain adamw", "w     = w (1 - lr weight_decay) - step = 1.8800 * 0.99");
-    expect_printed("explain beam", "\" fun.\"       -1.2040 -0.1054 = -1.3093   ends: -1.3093 / 2");
-    expect_printed("explain backprop", "wte.d[\" is\"][0] = ");
-    static const char *const topics[] = {"bpe",   "omega", "attention", "lora",
-                                         "adamw", "beam",  "backprop"};
-    for (size_t i = 0; i < COUNT(topics); i++)
-        expect_printed(formatted("explain %s --language pt", topics[i]), "\n");
-}
-
-/* The numbers behind them, by formulas of their own. */
-static void test_explain_numbers(void) {
-    struct Json *said = json_output("explain attention --json");
-    double e[] = {1, exp(4 / sqrt(2)), exp(2 / sqrt(2))};
-    double total = e[0] + e[1] + e[2];
-    expect_list(said, "p_2", (double[]){e[0] / total, e[1] / total, e[2] / total}, 3, 1e-6);
-    expect_list(said, "out_2", (double[]){(2 * e[1] + e[2]) / total, (e[0] + e[2]) / total}, 2,
-                1e-6);
-    said = json_output("explain lora --json");
-    expect_list(said, "y_after", (double[]){1.9, 1.1, 2.95}, 3, 1e-6);
-    expect_list(said, "dA", (double[]){0, 0, 0}, 3, 0);
-    expect_list(said, "dA_next", (double[]){-0.45, -0.9, -0.45}, 3, 1e-6);
-    expect_list(said, "W_merged_0", (double[]){1 - 0.1, 0.1, 2 - 0.05}, 3, 1e-6);
-    said = json_output("explain adamw --json");
-    expect_list(said, "step_2",
-                (double[]){-0.1, 0.017, 0.00009991, 0.089473684, 0.049979990, 0.040022, 1.821178},
-                7, 1e-6);
-    said = json_output("explain beam --json");
-    expect_list(said, "best_2_1", (double[]){log(0.3 * 0.9) / 2}, 1, 1e-6);
-    expect_list(said, "best_1_1", (double[]){log(0.5 * 0.45 * 0.5) / 3}, 1, 1e-6);
-    expect_list(said, "best_2_2", (double[]){log(0.5 * 0.3 * 0.9) / 9}, 1, 1e-6);
-    said = json_output("explain omega --json");
-    expect_list(said, "omega", (double[]){-3.34, -3.69}, 2, 1e-6);
-    expect_list(said, "sum", (double[]){1}, 1, 1e-6);
-}
-
-/* Both ways to wte add up, and to what the loss itself says. */
-static void test_explain_backprop(void) {
-    struct Json *wte = json_get(json_output("explain backprop --json"), "wte");
-    double number[4] = {0};
-    size_t n = 0;
-    for (struct Json *item = wte ? wte->child : NULL; item && n < 4; item = item->next)
-        number[n++] = item->number;
-    expect_count("numbers", n, 4);
-    expect_true("neither way is nothing", fabs(number[0]) > 0.01 && fabs(number[1]) > 0.01);
-    expect_close("both", number[0] + number[1], number[2], 1e-6);
-    expect_close("central difference", number[3], number[2], 1e-4);
-}
-
-/* A policy, a reference and a judge in folders of their own; two answers to "The film is". */
-static struct Json *explained(const char *topic, const char *flags) {
-    return json_output(formatted("explain %s --json --model_name_or_path @explained "
-                                 "--prompt 'The film is' %s",
-                                 topic, flags));
-}
-
-/* ppo's and dpo's numbers are those of batch_logprobs, ref_logprobs those of the reference. */
-static void test_explain_models(void) {
-    struct GPT2 *policy = random_model(300, 24, 12, 1, 3);
-    struct GPT2 *ref = random_model(300, 24, 12, 1, 3);
-    value_head_init(policy, 1);
-    model_save(policy, temporary("explained"), tokenizer);
-    model_save(ref, temporary("explained_ref"), tokenizer);
-    saved_model("explained_judge");
-    struct Example answer =
-        example_prompt_completion(&test_arena, tokenizer, text_of("The film is"),
-                                  text_of(" a lot of fun"), 300, NULL);
-    struct Batch batch = collate(&test_arena, &answer, 1, SKIP_LAST);
-    struct LMHead head = batch_logprobs(policy, &test_arena, &batch, 1, false);
-    struct LMHead ref_head = batch_logprobs(ref, &test_arena, &batch, 1, false);
-    double logprobs[24];
-    double ref_logprobs[24];
-    for (size_t r = 0; r < batch.R; r++) {
-        logprobs[r] = head.logprob[r];
-        ref_logprobs[r] = ref_head.logprob[r];
-    }
-    struct Json *ppo = explained("ppo", "--response ' a lot of fun' --ref_model @explained_ref "
-                                        "--reward_model_path @explained_judge --learning_rate "
-                                        "0.01");
-    struct Json *first = json_get(ppo, "answers") ? json_get(ppo, "answers")->child : NULL;
-    expect_list(first, "logprobs", logprobs, batch.R, 1e-6);
-    expect_list(first, "ref_logprobs", ref_logprobs, batch.R, 1e-6);
-    expect_true("the policy has moved",
-                json_get(first, "new_logprobs")
-                    && fabs(json_get(first, "new_logprobs")->child->number - logprobs[0]) > 1e-4);
-    struct Json *dpo = explained("dpo", "--response ' a lot of fun' --ref_model @explained_ref");
-    expect_list(dpo, "chosen_logprobs", logprobs, batch.R, 1e-6);
-    expect_list(dpo, "ref_chosen_logprobs", ref_logprobs, batch.R, 1e-6);
-
-    /* the text of each topic, whatever the models' numbers are */
-    static const char *const lines[] = {"bpe", "attention", "softmax", "sampling", "dpo"};
-    for (size_t i = 0; i < COUNT(lines); i++)
-        expect_printed(formatted("explain %s --model_name_or_path @explained --prompt 'The film'",
-                                 lines[i]),
-                       "\n");
-    static const char *const judged[] = {"reward", "reinforce", "gae", "ppo"};
-    for (size_t i = 0; i < COUNT(judged); i++)
-        expect_printed(formatted("explain %s --model_name_or_path @explained --prompt 'The film' "
-                                 "--reward_model_path @explained_judge --language pt",
-                                 judged[i]),
-                       "\n");
-    expect_printed("explain kl --model_name_or_path @explained --prompt 'The film' "
-                   "--ref_model @explained_ref --top_n 3",
-                   "\n");
-}
-
-/* A flag that is missing, or that the topic has no use for, is named. */
-static void test_explain_model_flags(void) {
-    static const struct {
-        const char *line, *message;
-        int status;
-    } cases[] = {
-        {"explain ppo --prompt x", "needs --model_name_or_path", 2},
-        {"explain kl --model_name_or_path @m --prompt x", "--ref_model is needed", 2},
-        {"explain gae --model_name_or_path @m --prompt x", "--reward_model_path is needed", 2},
-        {"explain softmax --model_name_or_path @m", "--prompt is needed", 2},
-        {"explain softmax --model_name_or_path @m --prompt x --rejected y", "no use for it", 2},
-        {"explain lora --model_name_or_path @m --prompt x", "no table for real models", 2},
-        {"explain bpe --prompt ''", "a word of 1 to 12 bytes", 1},
-    };
-    for (size_t i = 0; i < COUNT(cases); i++)
-        expect_end(cases[i].line, run_command,
-                   words_of(formatted("%s --tokenizer @tokenizer.bin", cases[i].line)),
-                   cases[i].status, cases[i].message);
-}
-
-/* gae of the built-in example by hand, from the last token back: 0.4; 0.95 * 0.4 = 0.38;
- * 0.1 + 0.95 * 0.38 = 0.461; -0.074 + 0.95 * 0.461 = 0.36395. The ratio of " fun" is e^0.3. */
-static void test_explain_example(void) {
-    struct Json *said = json_output("explain gae --json");
-    struct Json *first = json_get(said, "answers") ? json_get(said, "answers")->child : NULL;
-    expect_list(first, "deltas", (double[]){-0.074, 0.1, 0, 0.4}, 4, 1e-6);
-    expect_list(first, "raw_advantages", (double[]){0.36395, 0.461, 0.38, 0.4}, 4, 1e-6);
-    expect_list(first, "returns", (double[]){0.76395, 0.761, 0.88, 0.9}, 4, 1e-6);
-    said = json_output("explain ppo --json");
-    first = json_get(said, "answers") ? json_get(said, "answers")->child : NULL;
-    expect_list(first, "rewards", (double[]){0.026, -0.1, 0, 0.9}, 4, 1e-6);
-    expect_list(first, "ratios", (double[]){exp(0.1), exp(0.1), exp(0.01), exp(0.3)}, 4, 1e-6);
-    const struct Json *clipped =
-        json_get(first, "clipped") ? json_get(first, "clipped")->child : NULL;
-    for (size_t t = 0; clipped; t++, clipped = clipped->next)
-        expect_true("only the last token is clipped", (clipped->type == JSON_TRUE) == (t == 3));
-    /* the sampled token is where 0.6 lies: in the stretch of " a", which ends at 0.632 */
-    expect_close("token", json_number_or(json_output("explain sampling --json"), "token", -1), 0,
-                 0);
-}
-
-static const char *const EXAMPLE_TOPICS[] = {"softmax", "sampling", "kl",  "reward", "reinforce",
-                                             "gae",     "ppo",      "dpo", "exact"};
-
-/* What a topic prints is an example that gives the same again, and so is nothing at all. */
-static void test_explain_again(void) {
-    for (size_t i = 0; i < COUNT(EXAMPLE_TOPICS); i++) {
-        const char *line = formatted("explain %s --json", EXAMPLE_TOPICS[i]);
-        struct Text first = command_output(line);
-        FILE *file = fopen(temporary("explain.json"), "w");
-        fwrite(first.data, 1, first.length, file);
-        fclose(file);
-        struct Text again = command_output(formatted("%s --example @explain.json", line));
-        expect_true(formatted("%s is a fixed point", line), text_equal(first, again));
-        write_json("explain.json", "{}");
-        again = command_output(formatted("%s --example @explain.json", line));
-        expect_true(formatted("%s of {}", line), text_equal(first, again));
-    }
-}
-
-/* The text in both languages; with numbers and names that are as wide as they may be. */
-static void test_explain_text(void) {
-    expect_printed("explain gae", "delta = -0.1 + 1 * 0.5 - 0.3 = 0.1");
-    expect_printed("explain ppo", "= max(-1.1492, -1.0216) = -1.0216");
-    expect_printed("explain ppo --language pt", "cortado");
-    expect_printed("explain", "  gae        how a score");
-    for (size_t i = 0; i < COUNT(EXAMPLE_TOPICS); i++) {
-        expect_printed(formatted("explain %s", EXAMPLE_TOPICS[i]), "=");
-        expect_printed(formatted("explain %s --language pt", EXAMPLE_TOPICS[i]), "=");
-    }
-    write_json("explain.json",
-               "{'prompt': '\\u001b[31m a prompt that is a good deal longer than a terminal is "
-               "wide',"
-               "'answers': [{'tokens': ['\\u00e9\\u00e9\\u00e9\\u00e9\\u00e9\\u00e9\\u00e9\\u00e9"
-               "\\u00e9\\u00e9\\u00e9\\u00e9'], 'score': -999999.5, 'logprobs': [-79.123456],"
-               "'ref_logprobs': [-0.123456], 'values': [-123456.7], 'new_logprobs': [0],"
-               "'new_values': [999999.5]}]}");
-    expect_printed("explain ppo --example @explain.json", "answer 1");
-}
-
-/* An error names the file's field, and what was found. */
-static void test_explain_errors(void) {
-    static const struct {
-        const char *topic, *json, *message;
-    } cases[] = {
-        {"softmax", "{'temprature': 1}", "temprature: explain softmax has no field"},
-        {"softmax", "{'logits': 3}", "logits: a list [...] was expected; found: 3"},
-        {"softmax", "{'logits': [1, 'x']}", "logits[1]: a number was expected, from -300 to 300"},
-        {"softmax", "{'temperature': 0}", "temperature: a number was expected, from 0.001"},
-        {"softmax", "{'logits': [1e300]}", "logits[0]: a number was expected"},
-        {"softmax", "{'logits': [NaN]}", "NaN is not JSON"},
-        {"sampling", "{'ids': [4]}", "ids: id 4; logits has 4 items"},
-        {"sampling", "{'u': 1}", "u: a number was expected, from 0 to 0.999999999; found: 1"},
-        {"sampling", "{'tokens': ['a']}", "tokens: 1 items; 4 were expected"},
-        {"reinforce", "{'answers': [{'score': 'good'}]}", "answers[0].score: a number"},
-        {"reinforce", "{'answers': [{}]}", "baseline: rloo compares"},
-        {"gae", "{'answers': [{}, {'values': [1]}]}", "answers[1].values: 1 items; 4 were"},
-        {"gae", "{'answers': [{}, {}, {}]}", "answers[2].rewards: is missing"},
-        {"ppo", "{'answers': []}", "answers: an empty list"},
-        {"ppo", "{'answers': [[]]}", "answers[0]: an object {...} was expected; found: a list"},
-        {"exact", "{'ref_probabilities': [0.2, 0.2, 0.2]}", "they sum to 0.6; 1 was expected"},
-        {"kl", "[]", "a JSON object"},
-    };
-    for (size_t i = 0; i < COUNT(cases); i++) {
-        write_json("explain.json", cases[i].json);
-        expect_end(cases[i].json, run_command,
-                   words_of(formatted("explain %s --example @explain.json", cases[i].topic)), 1,
-                   cases[i].message);
-    }
-    write_json("explain.json", "{}");
-    expect_end("print only", run_command, words_of("explain lora --example @explain.json"), 2,
-               "--example: explain lora has numbers of its own");
-    expect_end("no topic", run_command, words_of("explain gea"), 2, "there is no topic gea");
-}
 
 static const struct {
     const char *name;
@@ -9820,6 +9831,23 @@ static const struct {
     {"best_of_n", test_best_of_n},
     {"evaluation", test_evaluation},
     {"evaluation_kl", test_evaluation_kl},
+    {"explain_example", test_explain_example},
+    {"explain_again", test_explain_again},
+    {"explain_text", test_explain_text},
+    {"explain_errors", test_explain_errors},
+    {"explain_print", test_explain_print},
+    {"explain_numbers", test_explain_numbers},
+    {"explain_backprop", test_explain_backprop},
+    {"explain_models", test_explain_models},
+    {"explain_model_flags", test_explain_model_flags},
+    {"explain_golden_softmax", test_explain_golden_softmax},
+    {"explain_golden_sampling", test_explain_golden_sampling},
+    {"explain_golden_kl", test_explain_golden_kl},
+    {"explain_golden_reward", test_explain_golden_reward},
+    {"explain_golden_reinforce", test_explain_golden_reinforce},
+    {"explain_golden_ppo", test_explain_golden_ppo},
+    {"explain_golden_dpo", test_explain_golden_dpo},
+    {"explain_golden_exact", test_explain_golden_exact},
     {"json_values", test_json_values},
     {"json_errors", test_json_errors},
     {"json_write", test_json_write},
@@ -9890,26 +9918,9 @@ static const struct {
     {"glossary_find", test_glossary_find},
     {"glossary_find_odd", test_glossary_find_odd},
     {"glossary_terms", test_glossary_terms},
-    {"explain_example", test_explain_example},
-    {"explain_again", test_explain_again},
-    {"explain_text", test_explain_text},
-    {"explain_errors", test_explain_errors},
-    {"explain_print", test_explain_print},
-    {"explain_numbers", test_explain_numbers},
-    {"explain_backprop", test_explain_backprop},
-    {"explain_models", test_explain_models},
-    {"explain_model_flags", test_explain_model_flags},
     {"fixtures_gradient", test_fixtures_gradient},
     {"fixtures_logprob", test_fixtures_logprob},
     {"fixtures_reward", test_fixtures_reward},
-    {"explain_golden_softmax", test_explain_golden_softmax},
-    {"explain_golden_sampling", test_explain_golden_sampling},
-    {"explain_golden_kl", test_explain_golden_kl},
-    {"explain_golden_reward", test_explain_golden_reward},
-    {"explain_golden_reinforce", test_explain_golden_reinforce},
-    {"explain_golden_ppo", test_explain_golden_ppo},
-    {"explain_golden_dpo", test_explain_golden_dpo},
-    {"explain_golden_exact", test_explain_golden_exact},
 };
 
 static bool is_test(const char *name) {
