@@ -12385,11 +12385,14 @@ static const char *const KL_TEXT[][2] = {
     {"The KL divergence says how far the policy p has moved from the reference q: the mean of "
      "log p - log q over tokens drawn from p. One drawn token gives an estimate of it, k1. Look "
      "at its sign: k1 is negative where p finds a token less probable than q does, but the mean "
-     "never is. k3 is another estimate of the same: never negative, and less noisy.",
-     "A divergência KL diz o quanto a política p se afastou da referência q: a média de "
-     "log p - log q sobre tokens sorteados de p. Um token sorteado dá uma estimativa dela, k1. "
-     "Repare no sinal: k1 é negativo onde p acha um token menos provável do que q acha, mas a "
-     "média nunca é. k3 é outra estimativa do mesmo: nunca negativa, e com menos ruído."},
+     "never is. k3 is another estimate of the same: never negative, and less noisy while p and q "
+     "are "
+     "close.",
+     "A divergência KL diz o quanto a política p se afastou da referência q: a média de log p "
+     "- log q sobre tokens sorteados de p. Um token sorteado dá uma estimativa dela, k1. Repare "
+     "no sinal: k1 é negativo onde p acha um token menos provável do que q acha, mas a média "
+     "nunca é. k3 é outra estimativa do mesmo: nunca negativa, e com menos ruído enquanto p e q "
+     "estão próximas."},
     {"Of a token, and the mean, in which each token counts as often as p draws it:",
      "De um token, e a média, na qual cada token conta tantas vezes quantas p o sorteia:"},
 };
