@@ -12214,7 +12214,7 @@ static void explain_softmax(struct Explain *x) {
     formula(x, "log p_0 = x_0 - log_sum_exp,  p_0 = e^(log p_0)", "softmax");
     line(x, "          = %s - %s = %s,  p_0 = e^%s = %s", D(scaled[0]), OP(lse), D(log_p[0]),
          OP(log_p[0]), D(p[0]));
-    /* decided or not? */
+    /* log n would mean that all n tokens are equally probable */
     formula(x, "entropy = -sum p log p", "entropy_of_logits");
     line(x, "          = %s nats;  log n = log %zu = %s", D(entropy), n, D(log((double)n)));
     line(x, "  argmax  = %-46s argmax", get_label(x, x->example, "tokens", most));
@@ -13026,7 +13026,7 @@ static void tell_ppo_value(struct Explain *x, const struct Answers *a, const str
     double error = c->new_values[t] - p->returns[t];
     tell(x, PPO_TEXT[3]);
     tell_answers(x, a, columns, COUNT(columns));
-    /* its numbers in ppo_value_loss's terms */
+    /* by hand, in the terms of ppo_value_loss */
     line(x, "\n  %s", first_label(x, a, t));
     formula(x, "near  = clip(now, value +- cliprange_value)", "ppo_value_loss");
     line(x, "        = clip(%s, %s, %s) = %s", D(c->new_values[t]), D(p->values[t] - r),
