@@ -128,6 +128,10 @@
  *   [21] Hu 2021, LoRA: Low-Rank Adaptation of Large Language Models
  *   [22] Kalajdzievski 2023, A Rank Stabilization Scaling Factor for Fine-Tuning with LoRA (rslora)
  *   [23] Ahmadian 2024, Back to Basics: Revisiting REINFORCE-Style Optimization (RLOO)
+ *   [24] Shao 2024, DeepSeekMath: Pushing the Limits of Mathematical Reasoning (GRPO)
+ *   [25] Yu 2025, DAPO: An Open-Source LLM Reinforcement Learning System at Scale
+ *   [26] Liu 2025, Understanding R1-Zero-Like Training: A Critical Perspective (Dr. GRPO)
+ *   [27] Zheng 2025, Group Sequence Policy Optimization (the ratio of a whole answer)
  */
 #ifndef _GNU_SOURCE
 #define _GNU_SOURCE            /* realpath, clock_gettime, fsync under -std=c11 */
@@ -712,7 +716,7 @@ static double sentiment_loss(const float *reward, const double *label, size_t n,
 }
 
 /* =============================================================================================
- * Chapter 4 - Policy gradient: REINFORCE, rewards with a KL penalty, GAE, PPO
+ * Chapter 4 - Policy gradient: REINFORCE, rewards with a KL penalty, GAE, PPO, GRPO
  *                                                       [glossary: Gradiente de política]
  *
  * How can a model learn from a score that it gets only after its answer is complete, from a judge
@@ -741,6 +745,7 @@ static double sentiment_loss(const float *reward, const double *label, size_t n,
  *   GAE              which token earned the score? A value head learns what to expect at each
  *                    token; a token's advantage is how much better than that things went
  *   PPO              use the same answers for several updates, but stop before they are outdated
+ *   GRPO             no value head: several answers to each prompt, each compared with the others
  *
  * One answer through the whole chapter (beta 0.2, score 1.0, gamma 1, lambda 0.95, clip 0.2):
  *
@@ -1196,6 +1201,273 @@ static struct PPOLoss ppo_loss(const struct PPOConfig *config, struct PPOTokens 
         tokens->dvalues[t] = (float)(config->vf_coef * value.dvalue / n);
     }
     loss.total = loss.policy + config->vf_coef * loss.value;
+    return loss;
+}
+
+/* ---- GRPO ----------------------------------------------------------------------------------- */
+
+/* GRPO [24], the group relative form of PPO, is what most reasoning models are trained with, and
+ * TRL's main trainer. It is a small step from here:
+ *   taken away   the value head, its loss, GAE and whitening. What the answer was expected to
+ *                earn is no longer guessed: it is measured.
+ *   in its place num_generations answers to the same prompt, a group. The mean score of the group
+ *                is the baseline, and an answer's advantage is how much better than that it was,
+ *                for each of its tokens alike. Which token earned it, nobody asks.
+ *   moved        the KL term: from the rewards into the loss, as the k3 estimate times beta; by
+ *                default beta is 0, and there is no reference at all
+ *   kept         the ratio and its clip, since a batch may serve num_iterations updates
+ * In the chapter's terms: REINFORCE with a baseline from the group, plus PPO's clip.
+ *
+ * Is the loss of the first update, 0 or nearly so, a fault? No: then every ratio is 1, each token's
+ * loss is minus the advantage of its answer, and the advantages of a group add up to 0. (Where
+ * longer answers count more, the sum is not exactly 0.) With beta, k3 is 0 as well, as the policy
+ * still is the reference. The gradient is not 0: at ratio 1 the slope is -A, REINFORCE's. The
+ * loss is no measure of progress; the reward is.
+ *
+ * A group whose answers all score the same, all right or all wrong, teaches nothing: all its
+ * advantages are 0. frac_reward_zero_std is the share of such answers. */
+
+/* What an answer's distance from its group's mean is divided by. */
+enum ScaleRewards {
+    SCALE_REWARDS_GROUP, /* the group's standard deviation: every group counts alike */
+    SCALE_REWARDS_BATCH, /* that of all answers of the batch */
+    SCALE_REWARDS_NONE, /* nothing */
+};
+
+/* Over what the tokens' losses are averaged: see grpo_token_share. */
+enum GRPOLossType {
+    GRPO_LOSS_GRPO,
+    GRPO_LOSS_BNPO,
+    GRPO_LOSS_DR_GRPO,
+    GRPO_LOSS_DAPO,
+};
+
+/* Whose probability the ratio compares: each token's, or that of the answer as a whole. */
+enum ImportanceSamplingLevel {
+    IMPORTANCE_SAMPLING_TOKEN,
+    IMPORTANCE_SAMPLING_SEQUENCE,
+};
+
+/* GRPOConfig of TRL 1.16, in its names. */
+struct GRPOConfig {
+    size_t num_generations; /* answers to each prompt: a group */
+    size_t num_iterations; /* how many updates use the same answers */
+    size_t max_completion_length; /* tokens of an answer, at most */
+    double beta; /* weight of the KL to the reference in the loss [glossary: Parâmetro Beta (β)] */
+    bool use_bias_correction_kl; /* that KL times the ratio: see grpo_token_loss */
+    double epsilon, epsilon_high; /* the clip: 1 - epsilon <= ratio <= 1 + epsilon_high */
+    enum GRPOLossType loss_type;
+    enum ScaleRewards scale_rewards;
+    enum ImportanceSamplingLevel importance_sampling_level;
+    enum PaddingSide { PADDING_LEFT, PADDING_RIGHT } padding_side; /* see grpo_pad_left */
+};
+
+/* Mean and standard deviation (estimated without bias) of those scores that exist: a reward program
+ * may give an answer no score, which is NaN here. Of none the mean, and of a single one the
+ * deviation, is NaN. */
+struct ScoreMoments {
+    double mean, std;
+};
+
+static struct ScoreMoments score_moments(const float *scores, size_t n) {
+    /* 1. the mean of the scores that exist; if there are none, 0/0 is NaN */
+    double count = 0;
+    double sum = 0;
+    for (size_t i = 0; i < n; i++) {
+        if (isnan(scores[i]))
+            continue;
+        count++;
+        sum += scores[i];
+    }
+    double mean = sum / count;
+
+    /* 2. their distances from it, as in unbiased_variance */
+    double squares = 0;
+    for (size_t i = 0; i < n; i++)
+        squares += isnan(scores[i]) ? 0 : (scores[i] - mean) * (scores[i] - mean);
+    return (struct ScoreMoments){mean, sqrt(squares / (count - 1))};
+}
+
+/* grpo_advantages -- how much better an answer was than its group.        [glossary: Vantagem]
+ *   A_i = (score_i - mean of the group) / (std + 1e-4)                        [24] section 4.1.2
+ * in   scores (n): NaN if the answer has none; the num_generations answers to one prompt are
+ *      neighbours                                                        out  advantages (n)
+ * The mean contains the answer's own score, unlike rloo's: so A is rloo's advantage times
+ * (G - 1) / G, before the division. That only makes the steps a little smaller.
+ * Dividing by the group's deviation puts all prompts on one scale, but it also lets a prompt at
+ * which nearly all answers are right (or wrong) count as much as one in balance: its deviation is
+ * small. [26] leaves the division out, which is SCALE_REWARDS_NONE.
+ * An answer without a score has advantage 0, and counts in no mean.
+ * By hand: scores 1, 2, 6: mean 3, std 2.6458: (-2, -1, 3) / 2.6459 = -0.7559, -0.3780, 1.1339.
+ * Undivided, -2, -1, 3: 2/3 of rloo's -3, -1.5, 4.5.                  test: grpo_advantages */
+static void grpo_advantages(const struct GRPOConfig *config, const float *scores, size_t n,
+                            float *advantages) {
+    size_t G = config->num_generations;
+    struct ScoreMoments batch = score_moments(scores, n);
+    for (size_t i = 0; i < n; i++) {
+        /* 1. the group, and what its answers are divided by: 1e-4 keeps a group without any
+         *    difference, whose deviation is 0, from dividing 0 by 0 */
+        struct ScoreMoments group = score_moments(scores + i / G * G, G);
+        double divisor = 1;
+        if (config->scale_rewards == SCALE_REWARDS_GROUP)
+            divisor = group.std + 1e-4;
+        if (config->scale_rewards == SCALE_REWARDS_BATCH)
+            divisor = batch.std + 1e-4;
+
+        /* 2. No score, or no other answer to compare it with: nothing to learn. */
+        double advantage = (scores[i] - group.mean) / divisor;
+        advantages[i] = isnan(advantage) ? 0 : (float)advantage;
+    }
+}
+
+/* GRPO's loss at one token. */
+struct GRPOTokenLoss {
+    double loss;
+    double dlog_ratio; /* d loss / d log_ratio */
+    double dlogprob; /* d loss / d logprob by the KL, the ratio apart */
+    double ratio; /* of the token, or of its answer */
+    double kl; /* k3 to the reference, times the ratio if it is corrected; 0 without a reference */
+    bool is_low_clipped, is_high_clipped; /* the ratio has left the range on that side */
+};
+
+/* grpo_token_loss -- PPO's clipped objective with two limits, plus the KL.      [24] Eq. 3
+ *   loss = max(-A ratio, -A clip(ratio, 1 - epsilon, 1 + epsilon_high)) + beta kl
+ *   kl   = k3 = e^d - 1 - d,   d = ref_logprob - logprob;   with use_bias_correction_kl ratio * k3
+ *   d k3 / d logprob = 1 - e^d;   d ratio / d log_ratio = ratio
+ * in   log_ratio: log-probability now minus then, of the token or (importance_sampling_level
+ *      sequence) the mean over its answer; advantage: the answer's
+ * An upper limit of its own, above epsilon, lets a rare token gain more before it is clipped: from
+ * a probability of 0.01, 1.2 times is only 0.012 [25].
+ * Why k3 here, and k1 in PPO's rewards? There the KL is a number that is paid. Here its slope
+ * counts, and k1 = log pi - log pi_ref has the slope 1 at every token, which is no direction. That
+ * of k3 is negative where the reference likes the token more than the policy does, and raises it.
+ * And why times the ratio? Averaged over tokens drawn from pi, k3 is KL(pi || pi_ref). But the
+ * slope of a mean has two parts: k3 changes, and so do the probabilities with which the tokens are
+ * drawn. 1 - e^d alone is the first part (on average, the slope of KL(pi_ref || pi)); the ratio,
+ * the weight of a mean under pi taken from tokens of the old policy, brings in the second.
+ * By hand, epsilon 0.2, epsilon_high 0.28, A = 2: ratio 1.25: max(-2.5, -2.5), slope -2.5, not
+ * clipped; ratio 1.5: max(-3, -2.56) = -2.56, slope 0. With beta 0.1 and d = -0.5, k3 = 0.6065 - 1
+ * + 0.5 = 0.1065 adds 0.0107 to the loss and 0.1 * 0.3935 = 0.0393 to the slope; times the ratio,
+ * 1.5, 0.0160 to the loss, and 0.0590 + 0.0160 to the slopes.
+ *                          test: grpo_token_loss, grpo_loss_golden; gdb: break grpo_token_loss */
+static struct GRPOTokenLoss grpo_token_loss(const struct GRPOConfig *config, double log_ratio,
+                                            double advantage, double logprob, double ref_logprob) {
+    /* 1. The ratio, and the larger of two losses, as in ppo_token_loss. */
+    double ratio = exp(log_ratio);
+    double lowest = 1 - config->epsilon;
+    double highest = 1 + config->epsilon_high;
+    double plain_loss = -advantage * ratio;
+    double clipped_loss = -advantage * MAX(lowest, MIN(highest, ratio));
+    bool is_clipped = clipped_loss > plain_loss;
+    struct GRPOTokenLoss token = {
+        .loss = MAX(plain_loss, clipped_loss),
+        .dlog_ratio = is_clipped ? 0 : plain_loss,
+        .ratio = ratio,
+        .is_low_clipped = is_clipped && advantage < 0,
+        .is_high_clipped = is_clipped && advantage > 0,
+    };
+    if (config->beta == 0)
+        return token;
+
+    /* 2. The KL is not clipped: a token that has had its share is still held by the reference. */
+    double weight = config->use_bias_correction_kl ? ratio : 1;
+    token.kl = weight * kl_k3(logprob, ref_logprob);
+    token.loss += config->beta * token.kl;
+    token.dlogprob = config->beta * weight * -expm1(ref_logprob - logprob);
+    if (config->use_bias_correction_kl)
+        token.dlog_ratio += config->beta * token.kl;
+    return token;
+}
+
+/* grpo_token_share -- the weight of each token of an answer in the loss of a batch.
+ * in   length: tokens of the answer; answers: how many the batch has; tokens: theirs, in all
+ *   grpo     1 / (length answers)                   the mean over answers of their means [24]
+ *   bnpo     1 / tokens                             the mean over all tokens
+ *   dapo     1 / tokens                             the same; see grpo_loss for the difference
+ *   dr_grpo  1 / (answers max_completion_length)    a constant
+ * What does that do to long answers? With grpo a token of a long answer counts less: a long bad
+ * answer is pushed down more gently, token by token, than a short one, so a policy that fails
+ * learns to fail at length. With bnpo and dapo every token counts alike, and a long answer as a
+ * whole counts more. But what a token counts still depends on how long the other answers happen to
+ * be; with dr_grpo it does not, and the gradient is unbiased [26].
+ * By hand: answers of 2 and 6 tokens, advantages 1 and -1, ratio 1, so token losses -1 and 1; at
+ * most 10 tokens. grpo: shares 1/4 and 1/12, loss -2/4 + 6/12 = 0. bnpo, dapo: 1/8, loss
+ * (-2 + 6) / 8 = 0.5. dr_grpo: 1/20, loss 4 / 20 = 0.2.                     test: grpo_shares */
+static double grpo_token_share(const struct GRPOConfig *config, size_t length, size_t answers,
+                               double tokens) {
+    switch (config->loss_type) {
+    case GRPO_LOSS_GRPO:
+        return 1 / ((double)length * (double)answers);
+    case GRPO_LOSS_DR_GRPO:
+        return 1 / ((double)answers * (double)config->max_completion_length);
+    default:
+        return 1 / tokens;
+    }
+}
+
+/* An answer to learn from: what was known when it was written, what the policy says now, and the
+ * losses that grpo_answer_loss fills in. */
+struct GRPOAnswer {
+    size_t length; /* tokens */
+    double advantage;
+    const float *old_logprobs,
+        *logprobs; /* (length) of the policy that wrote it, of the policy now */
+    const float *ref_logprobs; /* (length) NULL: beta is 0 */
+    struct GRPOTokenLoss *tokens; /* (length) */
+    float *dlogprobs; /* (length) d loss of the batch / d logprob */
+};
+
+/* grpo_answer_loss -- the losses of an answer's tokens, and their slopes.
+ *   log ratio of token t = logprob_t - old_logprob_t, or the mean of these over the answer [27]
+ * in   share: grpo_token_share            out  answer->tokens, dlogprobs; returns their sum
+ * The mean, not the sum: the sum's exponential would leave any clip range within a few tokens.
+ * Each of n tokens moves that mean by 1/n, and it is in the losses of all n: the slope by a token's
+ * logprob is the mean of their slopes by the log ratio.
+ *                                                        test: grpo_loss_golden, grpo_gradient */
+static double grpo_answer_loss(const struct GRPOConfig *config, struct GRPOAnswer *answer,
+                               double share) {
+    /* 1. how far the answer as a whole has moved, in nats a token */
+    double n = (double)answer->length;
+    double mean = 0;
+    for (size_t t = 0; t < answer->length; t++)
+        mean += ((double)answer->logprobs[t] - answer->old_logprobs[t]) / n;
+
+    /* 2. token by token */
+    bool whole = config->importance_sampling_level == IMPORTANCE_SAMPLING_SEQUENCE;
+    double loss = 0;
+    double mean_slope = 0;
+    for (size_t t = 0; t < answer->length; t++) {
+        double moved = (double)answer->logprobs[t] - answer->old_logprobs[t];
+        double ref_logprob = answer->ref_logprobs ? answer->ref_logprobs[t] : 0;
+        answer->tokens[t] = grpo_token_loss(config, whole ? mean : moved, answer->advantage,
+                                            answer->logprobs[t], ref_logprob);
+        loss += share * answer->tokens[t].loss;
+        mean_slope += answer->tokens[t].dlog_ratio / n;
+    }
+
+    /* 3. the slopes by each token's log-probability: through the ratio, and through the KL */
+    for (size_t t = 0; t < answer->length; t++) {
+        double through_ratio = whole ? mean_slope : answer->tokens[t].dlog_ratio;
+        answer->dlogprobs[t] = (float)(share * (through_ratio + answer->tokens[t].dlogprob));
+    }
+    return loss;
+}
+
+/* grpo_loss -- the loss of n answers.                          [24] Eq. 3, [25] Eq. 8, [26]
+ *   loss = sum over answers and tokens of share * token loss
+ * in   tokens: what dapo and bnpo divide by. If a step's answers do not fit into memory at once,
+ *      each part of them has its own loss, and the step's is the mean of these. For bnpo, `tokens`
+ *      are those of the part, so a token in a part of short answers counts more; for dapo, those of
+ *      a mean part, so that it makes no difference where the parts are cut.
+ *                                                        test: grpo_loss_golden, grpo_gradient */
+static double grpo_loss(const struct GRPOConfig *config, struct GRPOAnswer *answers, size_t n,
+                        double tokens) {
+    double loss = 0;
+    for (size_t i = 0; i < n; i++) {
+        /* all tokens of an answer have the same share */
+        double share = grpo_token_share(config, answers[i].length, n, tokens);
+        loss += grpo_answer_loss(config, &answers[i], share);
+    }
     return loss;
 }
 
@@ -6252,7 +6524,7 @@ struct Output {
     char path[PATH_MAX], tmp[PATH_MAX + 8];
 };
 
-/* The logs of a run of PPO, which grow with each step. */
+/* The logs of a run of PPO, which grow with each step; GRPO has the first two. */
 enum { LOG_STATS, LOG_ROLLOUTS, LOG_TRACE, LOG_FILES };
 static const char *const LOGS[LOG_FILES] = {"stats_all.jsonl", "rollouts.jsonl", "trace.jsonl"};
 
@@ -6641,6 +6913,7 @@ struct Checkpoint {
     struct TrainerState *state;
     const char *task, *log_dir; /* log_dir: the folder of PPO's logs */
     struct Output *logs; /* NULL: none */
+    size_t log_files; /* how many of LOGS the run has */
     size_t log_bytes[LOG_FILES]; /* their lengths at the checkpoint */
     struct Saved saved[24];
     size_t count;
@@ -8149,6 +8422,16 @@ struct PPOTrace {
     double advantage_mean, advantage_std; /* of the whole batch, before whitening */
 };
 
+/* What GRPO knows of a step's B answers: a number for each, or for each of their R tokens. Those of
+ * answer b are at start[b] .. start[b+1]-1. It lasts for num_iterations updates. */
+struct GRPOBatch {
+    size_t B, R, *start;
+    size_t longest_prompt; /* tokens */
+    float *advantages; /* (B) of grpo_advantages */
+    float *logprobs; /* (R) of the policy that wrote the answers */
+    float *ref_logprobs; /* (R) of the reference; NULL: beta is 0 */
+};
+
 /* PPO's own part of a trainer on rollouts.                      [glossary: Treinador PPO] */
 struct PPOTrainer {
     struct PPOConfig config;
@@ -8162,7 +8445,7 @@ struct PPOTrainer {
     struct PPOTrace trace;
 };
 
-enum Algorithm { ALGORITHM_PPO, ALGORITHM_REINFORCE };
+enum Algorithm { ALGORITHM_PPO, ALGORITHM_REINFORCE, ALGORITHM_GRPO };
 
 /* Everything that a training on rollouts owns; its model is the policy. [glossary: Política π] */
 struct RolloutTrainer {
@@ -8174,15 +8457,18 @@ struct RolloutTrainer {
     double temperature; /* divides the logits of both */
     double kl_coef; /* beta, now */
     size_t batch_size, num_generations; /* answers of a step, of which so many to each prompt */
+    size_t num_iterations; /* steps that learn from the same answers */
     struct RunningMoments moments; /* PPO: of scores; REINFORCE: of R, for BASELINE_MEAN */
     size_t step, total_steps;
     struct Arena arena; /* of one step */
     struct LogEntry stats; /* of the last step: a line of the log */
     enum Baseline baseline; /* of REINFORCE */
+    struct GRPOConfig grpo;
+    struct GRPOBatch grpo_batch;
     struct PPOTrainer ppo;
 };
 
-/* What both algorithms need. `ref_model` is the policy before training, and is never changed.
+/* What all algorithms need. `ref_model` is the policy before training, and is never changed.
  * temperature: that of sampling. Log-probabilities are computed at it too, since they must be those
  * of the distribution from which the answers were drawn. */
 static struct RolloutTrainer *rollout_trainer_new(struct GPT2 *model, struct GPT2 *ref_model,
@@ -8196,6 +8482,7 @@ static struct RolloutTrainer *rollout_trainer_new(struct GPT2 *model, struct GPT
         .ref_model = ref_model,
         .args = args,
         .temperature = temperature,
+        .num_iterations = 1,
         .moments = {0, 1, 1e-24}, /* nothing seen yet; as in TRL, the count is not quite 0 */
     };
     /* memory for the policy's gradients and AdamW's moments; the reference needs neither */
@@ -8236,6 +8523,22 @@ static struct RolloutTrainer *reinforce_trainer_new(struct GPT2 *model, struct G
     trainer->batch_size = config.batch_size;
     trainer->num_generations = config.num_generations;
     trainer->baseline = config.baseline;
+    return trainer;
+}
+
+/* A trainer for GRPO. ref_model is NULL if beta is 0: nothing asks it. */
+static struct RolloutTrainer *grpo_trainer_new(struct GPT2 *model, struct GPT2 *ref_model,
+                                               struct GRPOConfig config,
+                                               struct TrainingArguments args, double temperature) {
+    struct RolloutTrainer *trainer = rollout_trainer_new(model, ref_model, args, temperature);
+    trainer->algorithm = ALGORITHM_GRPO;
+    trainer->name = "grpo";
+    trainer->grpo = config;
+    /* As in TRL, the training's own flags say how many answers a step has; each micro-batch of them
+     * goes through the model by itself. */
+    trainer->batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps;
+    trainer->num_generations = config.num_generations;
+    trainer->num_iterations = config.num_iterations;
     return trainer;
 }
 
@@ -9288,6 +9591,274 @@ static void ppo_step(struct RolloutTrainer *trainer, const struct Rollout *rollo
     ppo_record_times(trainer, &clock);
 }
 
+/* ---- GRPO ----------------------------------------------------------------------------------- */
+
+/* Mean, least and most of n lengths, under three names; 0 if there are none. */
+static void log_lengths(struct LogEntry *stats, const char *const names[3], const float *lengths,
+                        size_t n) {
+    float least = n ? lengths[0] : 0;
+    float most = least;
+    for (size_t i = 0; i < n; i++) {
+        least = MIN(least, lengths[i]);
+        most = MAX(most, lengths[i]);
+    }
+    log_value(stats, names[0], n ? mean_of(lengths, n) : 0);
+    log_value(stats, names[1], least);
+    log_value(stats, names[2], most);
+}
+
+/* The lengths of a batch's n answers, as TRL logs them: of all, and of those that ended by
+ * themselves, which alone show how much the policy has to say. The others were clipped: they have
+ * reached max_completion_length, or the end of the context. */
+static void grpo_log_lengths(struct RolloutTrainer *trainer, const struct Rollout *rollouts,
+                             size_t n) {
+    static const char *const all[] = {"completions/mean_length", "completions/min_length",
+                                      "completions/max_length"};
+    static const char *const of_ended[] = {"completions/mean_terminated_length",
+                                           "completions/min_terminated_length",
+                                           "completions/max_terminated_length"};
+    float *lengths = arena_floats(&trainer->arena, n);
+    float *terminated = arena_floats(&trainer->arena, n);
+    size_t ended = 0;
+    for (size_t i = 0; i < n; i++) {
+        /* an end token is part of the answer: it was the policy's choice, too */
+        lengths[i] = (float)rollouts[i].response_length;
+        if (example_ended(&rollouts[i].example, trainer->model->config.eos_token_id))
+            terminated[ended++] = lengths[i];
+    }
+    log_lengths(&trainer->stats, all, lengths, n);
+    log_lengths(&trainer->stats, of_ended, terminated, ended);
+    log_value(&trainer->stats, "completions/clipped_ratio", (double)(n - ended) / (double)n);
+}
+
+/* grpo_log_scores -- how good a batch's n answers were, and how many of them can teach anything.
+ * reward, reward_std   mean and deviation over the batch, of the answers that have a score
+ * frac_reward_zero_std  the share of answers whose group (batch, if scale_rewards says so) scored
+ *                       all the same: their advantages are 0
+ * By hand: groups (1, 1), (0, 4): reward 1.5, half of the answers.         test: grpo_logs */
+static void grpo_log_scores(struct RolloutTrainer *trainer, const float *scores, size_t n) {
+    size_t G = trainer->num_generations;
+    struct ScoreMoments batch = score_moments(scores, n);
+    double zero = 0;
+    for (size_t i = 0; i < n; i++) {
+        struct ScoreMoments group = score_moments(scores + i / G * G, G);
+        bool by_batch = trainer->grpo.scale_rewards == SCALE_REWARDS_BATCH;
+        /* 1e-8: what torch.isclose takes for 0 */
+        zero += (by_batch ? batch.std : group.std) <= 1e-8;
+    }
+    log_value(&trainer->stats, "reward", batch.mean);
+    log_value(&trainer->stats, "reward_std", batch.std);
+    log_value(&trainer->stats, "frac_reward_zero_std", zero / (double)n);
+}
+
+/* A new batch of answers: their advantages, and room for what the policy and the reference say of
+ * their tokens, which the first update's forward passes find out. */
+static void grpo_begin_batch(struct RolloutTrainer *trainer, const struct Rollout *rollouts) {
+    struct Arena *arena = &trainer->arena;
+    size_t n = trainer->batch_size;
+    arena_reset(arena);
+
+    /* 1. The advantages stay the same for all num_iterations updates. */
+    float *scores = arena_floats(arena, n);
+    for (size_t i = 0; i < n; i++)
+        scores[i] = rollouts[i].score;
+    struct GRPOBatch *p = &trainer->grpo_batch;
+    *p = (struct GRPOBatch){.B = n, .advantages = arena_floats(arena, n)};
+    grpo_advantages(&trainer->grpo, scores, n, p->advantages);
+
+    /* 2. where each answer's tokens stand */
+    p->start = arena_alloc(arena, n + 1, sizeof *p->start);
+    for (size_t i = 0; i < n; i++) {
+        p->start[i] = p->R;
+        p->R += rollouts[i].response_length;
+        p->longest_prompt = MAX(p->longest_prompt, rollouts[i].example.prompt_length);
+    }
+    p->start[n] = p->R;
+    p->logprobs = arena_floats(arena, p->R);
+    if (trainer->grpo.beta > 0)
+        p->ref_logprobs = arena_floats(arena, p->R);
+
+    /* 3. what is shown of it */
+    grpo_log_scores(trainer, scores, n);
+    grpo_log_lengths(trainer, rollouts, n);
+}
+
+/* grpo_metrics -- adds a micro-batch's statistics of n answers to the step's, in TRL's names; each
+ * is divided by `parts`, the number of micro-batches, so the step's are the means of theirs.
+ *   kl, entropy            means over tokens
+ *   clip_ratio/..._mean    the share of tokens (with a ratio of whole answers: of answers) whose
+ *                          ratio has left the range on the low side, the high side, or either
+ *   clip_ratio/low_min, high_max   the smallest and largest such share of a single answer
+ *                                                                            test: grpo_logs */
+static void grpo_metrics(struct RolloutTrainer *trainer, const struct GRPOAnswer *answers, size_t n,
+                         double entropy, double parts) {
+    double tokens = 0;
+    double kl = 0;
+    double low = 0;
+    double high = 0;
+    double low_min = 1;
+    double high_max = 0;
+    bool whole = trainer->grpo.importance_sampling_level == IMPORTANCE_SAMPLING_SEQUENCE;
+    for (size_t i = 0; i < n; i++) {
+        /* 1. one answer: its tokens that were clipped */
+        double answer_low = 0;
+        double answer_high = 0;
+        for (size_t t = 0; t < answers[i].length; t++) {
+            kl += answers[i].tokens[t].kl;
+            answer_low += answers[i].tokens[t].is_low_clipped;
+            answer_high += answers[i].tokens[t].is_high_clipped;
+        }
+        double length = (double)answers[i].length;
+        tokens += length;
+        low_min = MIN(low_min, answer_low / length);
+        high_max = MAX(high_max, answer_high / length);
+
+        /* 2. tokens with a ratio of their own are counted by themselves */
+        low += whole ? answer_low / length : answer_low;
+        high += whole ? answer_high / length : answer_high;
+    }
+
+    /* 3. shares */
+    double units = whole ? (double)n : tokens;
+    struct LogEntry *stats = &trainer->stats;
+    if (trainer->grpo.beta > 0)
+        log_at(stats, "kl")->value += kl / tokens / parts;
+    log_at(stats, "entropy")->value += entropy / tokens / parts;
+    log_at(stats, "clip_ratio/low_mean")->value += low / units / parts;
+    log_at(stats, "clip_ratio/high_mean")->value += high / units / parts;
+    log_at(stats, "clip_ratio/region_mean")->value += (low + high) / units / parts;
+    log_at(stats, "clip_ratio/low_min")->value += low_min / parts;
+    log_at(stats, "clip_ratio/high_max")->value += high_max / parts;
+}
+
+/* grpo_pad_left -- the positions that TRL's GRPOTrainer trains at, with a GPT-2.
+ * It puts padding in front of the shorter prompts, and GPT-2 in transformers counts positions from
+ * the padding on. So a prompt of 3 tokens beside one of 7 is read from position 4 on, although the
+ * policy wrote its answer with the prompt at position 0. That is a weakness: what is learnt is how
+ * to answer 4 places further on. padding_side right trains where the answers were written; it makes
+ * no difference if all prompts have the same length. (Here padding itself is never computed.)
+ * By hand: prompts of 3 and 7 tokens: positions 4, 5, 6, ... and 0, 1, 2, ...
+ *                                                                       test: grpo_positions */
+static void grpo_pad_left(const struct Batch *batch, const struct Rollout *rollouts, size_t longest,
+                          size_t n_positions) {
+    for (size_t b = 0; b < batch->B; b++) {
+        /* as far as the context allows: where it does not, TRL stops with an error */
+        size_t room = n_positions - rollouts[b].example.n;
+        size_t shift = MIN(longest - rollouts[b].example.prompt_length, room);
+        for (size_t i = batch->start[b]; i < batch->start[b + 1]; i++)
+            batch->position[i] += (int)shift;
+    }
+}
+
+/* The policy's forward pass over n answers, from number `first` of the batch on. At the first of
+ * the updates no weight has moved: then what it says is what it said when it wrote the answers, and
+ * the reference is asked, too. Later updates compare with both.
+ *                                                      [glossary: Modelo de referência] */
+static struct LMHead grpo_forward(struct RolloutTrainer *trainer, const struct Batch *batch,
+                                  size_t first) {
+    struct Arena *arena = &trainer->ppo.epoch_arena;
+    struct GRPOBatch *p = &trainer->grpo_batch;
+    struct LMHead head = batch_logprobs(trainer->model, arena, batch, trainer->temperature, true);
+    if (trainer->step % trainer->num_iterations != 0)
+        return head;
+
+    /* both rows hold the tokens of all micro-batches, one after the other */
+    memcpy(p->logprobs + p->start[first], head.logprob, batch->R * sizeof(float));
+    if (p->ref_logprobs) {
+        struct LMHead ref_head =
+            batch_logprobs(trainer->ref_model, arena, batch, trainer->temperature, false);
+        memcpy(p->ref_logprobs + p->start[first], ref_head.logprob, batch->R * sizeof(float));
+    }
+    return head;
+}
+
+/* The answers of a micro-batch, as grpo_loss takes them: number `first` of the batch and those that
+ * follow; head: what the policy says of their tokens now. */
+static struct GRPOAnswer *grpo_answers(struct RolloutTrainer *trainer, const struct LMHead *head,
+                                       size_t first, size_t n) {
+    struct Arena *arena = &trainer->ppo.epoch_arena;
+    const struct GRPOBatch *p = &trainer->grpo_batch;
+    struct GRPOTokenLoss *tokens = arena_alloc(arena, head->R, sizeof *tokens);
+    float *dlogprobs = arena_floats(arena, head->R);
+    struct GRPOAnswer *answers = arena_alloc(arena, n, sizeof *answers);
+    for (size_t i = 0; i < n; i++) {
+        /* a token's place in the batch, and in the micro-batch, whose first token is head's first */
+        size_t in_batch = p->start[first + i];
+        size_t here = in_batch - p->start[first];
+        answers[i] = (struct GRPOAnswer){
+            .length = p->start[first + i + 1] - in_batch,
+            .advantage = p->advantages[first + i],
+            .old_logprobs = p->logprobs + in_batch,
+            .logprobs = head->logprob + here,
+            .ref_logprobs = p->ref_logprobs ? p->ref_logprobs + in_batch : NULL,
+            .tokens = tokens + here,
+            .dlogprobs = dlogprobs + here,
+        };
+    }
+    return answers;
+}
+
+/* grpo_micro_batch -- forward and backward over n answers, from number `first` of the batch on.
+ * in   parts: of how many micro-batches the step consists; its loss is the mean of theirs
+ * returns the loss divided by `parts`; gradients are added to the model's. test: grpo_gradient */
+static double grpo_micro_batch(struct RolloutTrainer *trainer, const struct Rollout *rollouts,
+                               size_t first, size_t n, double parts) {
+    struct Arena *arena = &trainer->ppo.epoch_arena;
+    arena_reset(arena);
+    trainer->model->trace.has_acts = false; /* those of the micro-batch before */
+
+    /* 1. what the policy says of the answers' tokens now */
+    struct Example *examples = rollout_examples(arena, rollouts + first, n);
+    struct Batch batch = collate(arena, examples, n, SKIP_LAST);
+    if (trainer->grpo.padding_side == PADDING_LEFT)
+        grpo_pad_left(&batch, rollouts + first, trainer->grpo_batch.longest_prompt,
+                      trainer->model->config.n_positions);
+    struct LMHead head = grpo_forward(trainer, &batch, first);
+
+    /* 2. the loss, and its slope by each token's log-probability */
+    struct GRPOAnswer *answers = grpo_answers(trainer, &head, first, n);
+    bool is_dapo = trainer->grpo.loss_type == GRPO_LOSS_DAPO;
+    double tokens = is_dapo ? (double)trainer->grpo_batch.R / parts : (double)batch.R;
+    double loss = grpo_loss(&trainer->grpo, answers, n, tokens);
+    grpo_metrics(trainer, answers, n, (double)row_sum(head.entropy, head.R), parts);
+    check_finite(trainer->model, "the loss", loss);
+
+    /* 3. Back through the output layer and the blocks, as in ppo_backward, without a value head. */
+    float *dlogprobs = answers->dlogprobs;
+    for (size_t i = 0; i < head.R; i++)
+        dlogprobs[i] = (float)(dlogprobs[i] / parts);
+    float *dhidden = arena_zeros(arena, batch.N * trainer->model->config.n_embd, sizeof(float));
+    lm_head_backward(trainer->model, &head, dlogprobs, dhidden, arena);
+    gpt2_backward(trainer->model, arena, &head.acts, dhidden);
+    return loss / parts;
+}
+
+/* grpo_step -- one update of the weights; the same rollouts serve num_iterations of them.
+ * TRL's GRPOTrainer, but for one thing: TRL shuffles the answers of a batch before it cuts them
+ * into micro-batches. That changes no sum, except with loss_type bnpo (see grpo_loss); here they
+ * stay in order.                                        test: grpo_step, docs/tools/check_outgrow */
+static void grpo_step(struct RolloutTrainer *trainer, const struct Rollout *rollouts) {
+    /* 1. new answers: who was better than its group? */
+    trainer->stats.n = 0;
+    if (trainer->step % trainer->num_iterations == 0)
+        grpo_begin_batch(trainer, rollouts);
+
+    /* 2. the gradient, one micro-batch after the other */
+    double loss = 0;
+    size_t n = trainer->args.per_device_train_batch_size;
+    double parts = (double)trainer->args.gradient_accumulation_steps;
+    for (size_t first = 0; first < trainer->batch_size; first += n)
+        loss += grpo_micro_batch(trainer, rollouts, first, n, parts);
+
+    /* 3. the weights move */
+    double learning_rate = rollout_learning_rate(trainer);
+    double grad_norm =
+        optimizer_step(trainer->model, &trainer->args, learning_rate, ++trainer->step);
+    log_value(&trainer->stats, "loss", loss);
+    log_value(&trainer->stats, "grad_norm", grad_norm);
+    log_value(&trainer->stats, "learning_rate", learning_rate);
+}
+
 /* ---- The training --------------------------------------------------------------------------- */
 
 /* What a run on rollouts needs to go on as if it had never stopped, besides weights and optimizer:
@@ -9299,7 +9870,14 @@ static void rollout_checkpoint(struct Checkpoint *checkpoint, struct RolloutTrai
     /* 1. The trainer. _fixed: with another batch size, a step would be another number of prompts,
      *    and `at` would not be where the step count says. */
     double *moments = (double *)&trainer->moments; /* a struct of doubles */
-    checkpoint_add_fixed(checkpoint, "batch_size", trainer->batch_size, "--batch_size");
+    bool is_grpo = trainer->algorithm == ALGORITHM_GRPO;
+    checkpoint_add_fixed(checkpoint, "batch_size", trainer->batch_size,
+                         is_grpo ? "--per_device_train_batch_size times "
+                                   "--gradient_accumulation_steps"
+                                 : "--batch_size");
+    if (is_grpo)
+        checkpoint_add_fixed(checkpoint, "num_iterations", trainer->num_iterations,
+                             "--num_iterations");
     checkpoint_add_doubles(checkpoint, "kl_coef", &trainer->kl_coef, 1);
     checkpoint_add_doubles(checkpoint, "moments", moments,
                            sizeof trainer->moments / sizeof *moments);
@@ -9315,18 +9893,51 @@ static void rollout_checkpoint(struct Checkpoint *checkpoint, struct RolloutTrai
     checkpoint_add_random(checkpoint, "sample", &source->sample);
 }
 
-/* Each step adds one line to stats_all.jsonl, batch_size lines to rollouts.jsonl and, if it is
- * shown, one line an epoch to trace.jsonl. They are flushed, so that a run can be watched and a
- * checkpoint knows how long they are. */
+/* How many of LOGS a run has. */
+static size_t rollout_log_files(const struct RolloutTrainer *trainer) {
+    return trainer->algorithm == ALGORITHM_PPO ? LOG_FILES : LOG_TRACE;
+}
+
+/* Each step adds one line to stats_all.jsonl, batch_size lines to rollouts.jsonl (GRPO: if its
+ * answers are new) and, if it is shown, one line an epoch to trace.jsonl, which only PPO has. They
+ * are flushed, so that a run can be watched and a checkpoint knows how long they are. */
 static void rollout_write_logs(struct RolloutTrainer *trainer, struct Output *logs,
                                const struct Rollout *rollouts, double rollout_seconds) {
+    bool is_ppo = trainer->algorithm == ALGORITHM_PPO;
+    bool is_new = (trainer->step - 1) % trainer->num_iterations == 0;
     /* how long writing the answers took, only the caller knows */
-    log_value(&trainer->stats, "time/ppo/rollout", rollout_seconds);
+    if (is_ppo)
+        log_value(&trainer->stats, "time/ppo/rollout", rollout_seconds);
     stats_write_line(logs[LOG_STATS].file, trainer);
-    rollouts_write(logs[LOG_ROLLOUTS].file, rollouts, trainer->batch_size);
-    trace_write(logs[LOG_TRACE].file, trainer);
-    for (int i = 0; i < LOG_FILES; i++)
+    if (is_new)
+        rollouts_write(logs[LOG_ROLLOUTS].file, rollouts, trainer->batch_size);
+    if (is_ppo)
+        trace_write(logs[LOG_TRACE].file, trainer);
+    for (size_t i = 0; i < rollout_log_files(trainer); i++)
         output_flush(&logs[i]);
+}
+
+/* A step's statistics join those since the last log entry. Numbers that a step does not have, or
+ * that are NaN (a mean over answers without a score), count in no mean.   test: grpo_logs */
+static void rollout_add_stats(struct LogEntry *sums, const struct LogEntry *stats) {
+    for (const struct Metric *m = stats->item; m < stats->item + stats->n; m++) {
+        struct Metric *sum = log_at(sums, m->name);
+        /* a name that never had a number becomes 0/0, which the log writes as null */
+        sum->value += isnan(m->value) ? 0 : m->value;
+        sum->n += !isnan(m->value);
+    }
+}
+
+/* A log entry of GRPO, as TRL's: means over the steps since the last one; the gradient's norm and
+ * the learning rate are the last step's. */
+static void grpo_log_entry(struct RolloutTrainer *trainer, struct TrainerState *state,
+                           struct LogEntry *entry) {
+    rollout_add_stats(&state->metrics, &trainer->stats);
+    trainer_means(state, &state->metrics, entry, "");
+    static const char *const last[] = {"grad_norm", "learning_rate"};
+    for (size_t i = 0; i < COUNT(last); i++)
+        log_value(entry, last[i], log_at(&trainer->stats, last[i])->value);
+    log_value(entry, "num_tokens", (double)state->num_tokens);
 }
 
 /* After a step: a progress line; every logging_steps, and after the last step, an entry in the log
@@ -9344,13 +9955,21 @@ static void rollout_report(struct RolloutTrainer *trainer, struct TrainerState *
     const char *score = arena_printf(arena, "%+.2f  ", rollouts->score);
     if (progress_sampling(trainer->step, state->max_steps))
         sample_show(trainer->tok, &rollouts->example, trainer->model->config.vocab_size, score);
-    state_say(state, trainer->name, &trainer->stats, is_said);
+    struct LogEntry entry = {0};
+    bool is_grpo = trainer->algorithm == ALGORITHM_GRPO;
+    if (is_grpo)
+        grpo_log_entry(trainer, state, &entry);
+    else
+        entry = trainer->stats;
+    state_say(state, trainer->name, &entry, is_said);
 
     /* 3. For the files. step and epoch are added only now: the progress line counts by itself. */
-    log_value(&trainer->stats, "step", (double)trainer->step);
-    log_value(&trainer->stats, "epoch", state->epoch);
-    if (is_due)
-        *state_log(state) = trainer->stats;
+    log_value(&entry, "step", (double)trainer->step);
+    log_value(&entry, "epoch", state->epoch);
+    if (!is_due)
+        return;
+    *state_log(state) = entry;
+    state->metrics.n = 0;
 }
 
 /* Where the training is: an epoch is a pass over the n prompts, or over the n stored rollouts. */
@@ -9358,14 +9977,33 @@ static void rollout_count(const struct RolloutTrainer *trainer, struct TrainerSt
                           const struct Rollout *rollouts, size_t n) {
     size_t B = trainer->batch_size;
     state->global_step = trainer->step;
-    /* batch_size answers belong to batch_size / num_generations prompts */
-    state->epoch = (double)(trainer->step * B / trainer->num_generations) / (double)n;
+    /* batch_size answers belong to batch_size / num_generations prompts, for num_iterations steps */
+    double batches = (double)trainer->step / (double)trainer->num_iterations;
+    state->epoch = batches * (double)(B / trainer->num_generations) / (double)n;
+    if ((trainer->step - 1) % trainer->num_iterations != 0)
+        return;
     for (size_t b = 0; b < B; b++)
         state->num_tokens += rollouts[b].example.n;
 }
 
+/* A step of the trainer's algorithm. */
+static void rollout_step(struct RolloutTrainer *trainer, const struct Rollout *rollouts) {
+    switch (trainer->algorithm) {
+    case ALGORITHM_PPO:
+        ppo_step(trainer, rollouts);
+        break;
+    case ALGORITHM_REINFORCE:
+        reinforce_step(trainer, rollouts);
+        break;
+    case ALGORITHM_GRPO:
+        grpo_step(trainer, rollouts);
+        break;
+    }
+}
+
 /* One step of the training: get rollouts, and learn from them.
- * in   logs: the files of LOGS, or NULL       out  rollouts (batch_size), in `arena` */
+ * in   logs: the files of LOGS, or NULL
+ * in, out  rollouts (batch_size), in `arena`: new ones, or those of the step before */
 static void rollout_train_step(struct RolloutTrainer *trainer, struct RolloutSource *source,
                                struct Arena *arena, struct Output *logs, struct Rollout *rollouts) {
     double begin = seconds_now();
@@ -9374,24 +10012,23 @@ static void rollout_train_step(struct RolloutTrainer *trainer, struct RolloutSou
     trainer->model->trace.task = trainer->name;
     trainer->model->trace.step = trainer->step + 1;
 
-    /* 1. The policy, as it is now, answers; or stored answers take the place of its own. */
-    if (source->replay)
-        replay_rollouts(source->replay, trainer->step, trainer->model, arena, rollouts,
-                        trainer->batch_size);
-    else
+    /* 1. The policy, as it is now, answers; or stored answers take the place of its own. GRPO may
+     *    learn from the same answers again. */
+    bool is_new = trainer->step % trainer->num_iterations == 0;
+    if (is_new && source->replay)
+        replay_rollouts(source->replay, trainer->step / trainer->num_iterations, trainer->model,
+                        arena, rollouts, trainer->batch_size);
+    if (is_new && !source->replay)
         collect_rollouts(trainer, source, arena, rollouts);
     double rollout_seconds = seconds_now() - begin;
 
     /* 2. It learns from them. */
-    if (trainer->algorithm == ALGORITHM_PPO)
-        ppo_step(trainer, rollouts);
-    else
-        reinforce_step(trainer, rollouts);
+    rollout_step(trainer, rollouts);
     if (logs)
         rollout_write_logs(trainer, logs, rollouts, rollout_seconds);
 }
 
-/* rollout_train -- the whole training, by PPO or REINFORCE.         [glossary: Treinador PPO]
+/* rollout_train -- the whole training, by PPO, REINFORCE or GRPO.   [glossary: Treinador PPO]
  * in   source: where rollouts come from; steps: how many; log_dir: for the
  *      files of LOGS, or NULL                      out  the policy's weights; state, its history
  *                                                            test: ppo_replay, checkpoint_* */
@@ -9413,30 +10050,37 @@ static void rollout_train(struct RolloutTrainer *trainer, struct RolloutSource *
     if (log_dir) {
         make_folder(log_dir);
         checkpoint.logs = logs;
+        checkpoint.log_files = rollout_log_files(trainer);
         checkpoint.log_dir = log_dir;
         trainer->ppo.trace.is_wanted = true;
         trainer->ppo.trace.scorer = source->replay ? NULL : &source->scorer;
-        checkpoint_add_sizes(&checkpoint, "log_bytes", checkpoint.log_bytes, COUNT(LOGS), SIZE_MAX);
+        checkpoint_add_sizes(&checkpoint, "log_bytes", checkpoint.log_bytes, checkpoint.log_files,
+                             SIZE_MAX);
     }
     rollout_checkpoint(&checkpoint, trainer, source);
     checkpoint_resume(&checkpoint);
     trainer->step = state->global_step;
+    struct Rollout *rollouts = NULL;
     while (trainer->step < steps) {
-        /* 2. rollouts, and a step of PPO or REINFORCE on them; the last ones are forgotten */
-        arena_reset(&arena);
-        struct Rollout *rollouts = arena_alloc(&arena, trainer->batch_size, sizeof *rollouts);
+        /* 2. rollouts, and a step on them; before new ones are written, the last are forgotten */
+        if (trainer->step % trainer->num_iterations == 0) {
+            arena_reset(&arena);
+            rollouts = arena_alloc(&arena, trainer->batch_size, sizeof *rollouts);
+        }
         rollout_train_step(trainer, source, &arena, log_dir ? logs : NULL, rollouts);
 
         /* 3. count the step, then report it */
         rollout_count(trainer, state, rollouts, n);
         rollout_report(trainer, state, &arena, rollouts);
 
-        /* 4. a checkpoint if one is due; after Ctrl-C the program ends here */
-        checkpoint_step(&checkpoint);
+        /* 4. A checkpoint if one is due; after Ctrl-C the program ends here. Not while the answers
+         *    are still in use: a checkpoint does not contain them. */
+        if (trainer->step % trainer->num_iterations == 0)
+            checkpoint_step(&checkpoint);
     }
 
     /* 5. the logs are complete, and get their final names */
-    for (int i = 0; log_dir && i < LOG_FILES; i++)
+    for (size_t i = 0; log_dir && i < checkpoint.log_files; i++)
         output_close(&logs[i]);
     state->num_train_epochs = ceil(state->epoch);
     arena_free(&arena);
@@ -16514,7 +17158,7 @@ static void checkpoint_resume_hint(const char *folder) {
 /* Flushes the run's growing logs to disk and notes their lengths: a resumed run cuts off what was
  * written after the checkpoint. */
 static void checkpoint_flush_logs(struct Checkpoint *c) {
-    for (size_t i = 0; c->logs && i < COUNT(LOGS); i++) {
+    for (size_t i = 0; c->logs && i < c->log_files; i++) {
         output_flush(&c->logs[i]);
         CHECK(fsync(fileno(c->logs[i].file)) == 0, "%s: writing failed: %s", c->logs[i].tmp,
               strerror(errno));
@@ -16673,7 +17317,7 @@ static void checkpoint_resume(struct Checkpoint *c) {
     c->run = newest.run + 1;
     if (from)
         checkpoint_load(c, &arena, from);
-    for (size_t i = 0; c->logs && i < COUNT(LOGS); i++) {
+    for (size_t i = 0; c->logs && i < c->log_files; i++) {
         if (from)
             c->logs[i] =
                 output_resume(dir, LOGS[i], arena_printf(&arena, "%s/..", from), c->log_bytes[i]);
@@ -17463,6 +18107,7 @@ struct Options {
     struct TrainingArguments train;
     struct PPOConfig ppo;
     struct ReinforceConfig reinforce;
+    struct GRPOConfig grpo;
     struct GenerationConfig generation;
     struct GPT2Config config;
     struct DPOConfig dpo;
@@ -17481,16 +18126,17 @@ struct Options {
 
 /* Lists of commands, for flags that several commands have. */
 #define BATCH_TRAINING "pretrain, sft, reward, dpo"
-#define TUNING "sft, reward, ppo, reinforce, dpo"
+#define TUNING "sft, reward, ppo, grpo, reinforce, dpo"
+#define FROM_ROLLOUTS "ppo, grpo, reinforce"
 #define TRAINING "pretrain, " TUNING
 #define TOOLS "generate, logprob, score, collect, eval"
-#define SAMPLING "ppo, reinforce, collect, eval"
+#define SAMPLING FROM_ROLLOUTS ", collect, eval"
 #define WITH_ADAPTER TUNING ", " TOOLS ", next, merge"
 #define WITH_MODEL "rlhf, pretrain, " WITH_ADAPTER
 #define WITH_DATA "rlhf, " TRAINING ", " TOOLS
 #define WITH_OUTPUT "rlhf, collect, merge, " TRAINING
 #define WITH_SEED "rlhf, exact, generate, collect, eval, " TRAINING
-#define WITH_REFERENCE "ppo, reinforce, dpo, logprob, eval"
+#define WITH_REFERENCE FROM_ROLLOUTS ", dpo, logprob, eval"
 #define WITH_WORDS \
     "tokenize, report, glossary, explain" /* arguments that are not flags: a file, a term */
 #define ALL_COMMANDS WITH_MODEL ", exact, " WITH_WORDS
@@ -17530,6 +18176,10 @@ static const struct Kind KIND_OPTIM = {TYPE_CHOICE, 0, 0,
 static const struct Kind KIND_ROW_ORDER = {TYPE_CHOICE, 0, 0, "random, sequential"};
 static const struct Kind KIND_KL_PENALTY = {TYPE_CHOICE, 0, 0, "kl, abs, mse, full"};
 static const struct Kind KIND_BASELINE = {TYPE_CHOICE, 0, 0, "none, mean, rloo"};
+static const struct Kind KIND_GRPO_LOSS = {TYPE_CHOICE, 0, 0, "grpo, bnpo, dr_grpo, dapo"};
+static const struct Kind KIND_PADDING = {TYPE_CHOICE, 0, 0, "left, right"};
+static const struct Kind KIND_SCALE_REWARDS = {TYPE_CHOICE, 0, 0, "group, batch, none"};
+static const struct Kind KIND_SAMPLING_LEVEL = {TYPE_CHOICE, 0, 0, "token, sequence"};
 static const struct Kind KIND_LANGUAGE = {TYPE_CHOICE, 0, 0, "en, pt"};
 static const struct Kind KIND_BOOL = {TYPE_BOOL, 0, 0, "true or false"};
 static const struct Kind KIND_STOPPING = {TYPE_STOPPING, 0, 0, "true or false or never"};
@@ -17616,9 +18266,9 @@ static const struct Flag FLAGS[] = {
     {OF(train, save_total_limit), &KIND_SIZE, TRAINING, "how many to keep; 0: all"},
     {OF(train, resume_from_checkpoint), &KIND_STRING, TRAINING,
      "go on from a folder checkpoint-N; true: from the newest in --output_dir"},
-    {OF(train, num_train_epochs), &KIND_EPOCHS, BATCH_TRAINING, "passes over the data"},
-    {OF(train, per_device_train_batch_size), &KIND_BATCH, BATCH_TRAINING,
-     "rows (dpo, reward: pairs or rated texts) of a micro-batch"},
+    {OF(train, num_train_epochs), &KIND_EPOCHS, BATCH_TRAINING ", grpo", "passes over the data"},
+    {OF(train, per_device_train_batch_size), &KIND_BATCH, BATCH_TRAINING ", grpo",
+     "rows (dpo, reward: pairs or rated texts; grpo: answers) of a micro-batch"},
     {OF(train, per_device_eval_batch_size), &KIND_BATCH, BATCH_TRAINING ", eval",
      "rows of a batch in evaluation; no figure depends on it"},
     {OF(train, gradient_accumulation_steps), &KIND_COUNT, TRAINING,
@@ -17645,6 +18295,7 @@ static const struct Flag FLAGS[] = {
     {OF(reinforce, baseline), &KIND_BASELINE, "reinforce",
      "subtracted from the reward; mean: of earlier steps, rloo: leave one out"},
     {OF(reinforce, num_generations), &KIND_COUNT, "reinforce, collect", "answers to each prompt"},
+    {OF(grpo, num_generations), &KIND_COUNT, "grpo", "answers to each prompt: a group"},
     {NAMED(max_samples), &KIND_SIZE, "collect, eval", "prompts used, from the first; 0: all"},
     {NAMED(loss_type), &KIND_LIST, "dpo, reward",
      "dpo: sigmoid, ipo, hinge, robust, sft, or several; reward: sigmoid (Bradley-Terry), bce (on "
@@ -17652,8 +18303,25 @@ static const struct Flag FLAGS[] = {
     {NAMED(loss_weights), &KIND_LIST, "dpo", "a weight for each loss_type: 1 0.2"},
     {OF(dpo, label_smoothing), &KIND_DECAY, "dpo",
      "share of pairs thought to be labelled the wrong way round"},
+    HEADING("GRPO"),
+    {OF(grpo, beta), &KIND_WEIGHT, "grpo", "weight of the KL in the loss; 0: no reference"},
+    {OF(grpo, use_bias_correction_kl), &KIND_BOOL, "grpo",
+     "that KL times the probability ratio, so that its gradient is unbiased"},
+    {OF(grpo, num_iterations), &KIND_COUNT, "grpo", "updates that use the same answers"},
+    {OF(grpo, epsilon), &KIND_WEIGHT, "grpo", "clip of the probability ratio"},
+    {OF(grpo, epsilon_high), &KIND_WEIGHT, "grpo", "its upper side; default: --epsilon"},
+    {OF(grpo, loss_type), &KIND_GRPO_LOSS, "grpo",
+     "the mean over tokens: of each answer's mean (grpo), over a micro-batch (bnpo), over the "
+     "answers' greatest length (dr_grpo), over the whole step (dapo)"},
+    {OF(grpo, scale_rewards), &KIND_SCALE_REWARDS, "grpo",
+     "what advantages are divided by: the deviation in the group or in the batch, or nothing"},
+    {OF(grpo, importance_sampling_level), &KIND_SAMPLING_LEVEL, "grpo",
+     "a probability ratio for each token, or for the answer"},
+    {OF(grpo, max_completion_length), &KIND_COUNT, "grpo", "tokens of an answer, at most"},
+    {OF(grpo, padding_side), &KIND_PADDING, "grpo",
+     "left: shorter prompts are trained at later positions, as TRL does; right: at their own"},
     HEADING("PPO"),
-    {NAMED(rollouts), &KIND_STRING, "ppo",
+    {NAMED(rollouts), &KIND_STRING, FROM_ROLLOUTS,
      "replay stored rollouts (query_ids, response_ids, score)"},
     {OF(ppo, batch_size), &KIND_COUNT, "ppo", "rollouts of a step"},
     {OF(reinforce, batch_size), &KIND_COUNT, "reinforce", "rollouts of a step"},
@@ -18342,15 +19010,40 @@ static void note_full_context(const struct Options *o, size_t room, size_t max_n
          flag, max_new, o->model->config.n_positions, room);
 }
 
-/* Trains by PPO or REINFORCE on new or stored rollouts, and saves the model. */
+/* The trainer of a run on rollouts, with the options of its algorithm. */
+static struct RolloutTrainer *rollout_trainer(struct Options *o, enum Algorithm algorithm) {
+    double temperature = o->generation.temperature;
+    if (algorithm == ALGORITHM_PPO)
+        return ppo_trainer_new(o->model, o->reference, o->ppo, o->train, temperature);
+    if (algorithm == ALGORITHM_GRPO)
+        return grpo_trainer_new(o->model, o->reference, o->grpo, o->train, temperature);
+    return reinforce_trainer_new(o->model, o->reference, o->reinforce, o->train, temperature);
+}
+
+/* How many steps a run takes: as many as --max_steps says, or else one pass over n prompts or
+ * stored rollouts; with GRPO --num_train_epochs passes. A step takes all num_generations stored
+ * answers of a prompt, so a pass over these is shorter. */
+static size_t rollout_steps(const struct Options *o, const struct RolloutTrainer *trainer,
+                            size_t n) {
+    size_t answers = o->rollouts ? n : n * trainer->num_generations;
+    size_t pass = MAX((size_t)1, answers / trainer->batch_size) * trainer->num_iterations;
+    if (o->train.max_steps)
+        return o->train.max_steps;
+    if (trainer->algorithm == ALGORITHM_GRPO)
+        return (size_t)ceil(o->train.num_train_epochs * (double)pass);
+    return pass;
+}
+
+/* Trains by PPO, GRPO or REINFORCE on new or stored rollouts, and saves the model. */
 static void train_on_rollouts(struct Options *o, enum Algorithm algorithm) {
     /* 1. Policy, reference, and the folder for the result: if that cannot be written to, we learn
      *    it before hours of work, not after. */
     open_model(o, true);
     leave_out_reward_head(o->model);
-    if (algorithm == ALGORITHM_REINFORCE)
+    if (algorithm != ALGORITHM_PPO)
         leave_out_value_head(o->model);
-    load_reference(o);
+    if (algorithm != ALGORITHM_GRPO || o->grpo.beta > 0)
+        load_reference(o);
     open_output_dir(o);
 
     /* 2. Rollouts: stored ones, or prompts and a reward model. */
@@ -18359,25 +19052,22 @@ static void train_on_rollouts(struct Options *o, enum Algorithm algorithm) {
         source.replay = o->data = dataset_load(&o->arena, o->rollouts, ROLLOUT_SHAPES, 1);
     } else {
         source = open_rollouts(o);
-        note_full_context(o, source.room, o->output_length.max_value - 1, "--output_max_length");
+        note_full_context(o, source.room, o->output_length.max_value - 1,
+                          algorithm == ALGORITHM_GRPO ? "--max_completion_length"
+                                                      : "--output_max_length");
     }
 
-    /* 3. As many steps as --max_steps says, or else one pass over the prompts or stored
-     *    rollouts. */
-    double temperature = o->generation.temperature;
-    struct RolloutTrainer *trainer =
-        algorithm == ALGORITHM_PPO
-            ? ppo_trainer_new(o->model, o->reference, o->ppo, o->train, temperature)
-            : reinforce_trainer_new(o->model, o->reference, o->reinforce, o->train, temperature);
+    /* 3. the training */
+    struct RolloutTrainer *trainer = rollout_trainer(o, algorithm);
     trainer->tok = o->tok;
-    size_t n = o->rollouts ? o->data->n : source.n;
-    size_t pass = MAX((size_t)1, n * trainer->num_generations / trainer->batch_size);
-    size_t steps = o->train.max_steps ? o->train.max_steps : pass;
-    /* becomes train_batch_size in trainer_state.json, in checkpoints and at the end */
-    trainer->args.per_device_train_batch_size = trainer->batch_size;
-    o->train.per_device_train_batch_size = trainer->batch_size;
+    size_t steps = rollout_steps(o, trainer, o->rollouts ? o->data->n : source.n);
+    if (algorithm != ALGORITHM_GRPO) {
+        /* becomes train_batch_size in trainer_state.json, in checkpoints and at the end */
+        trainer->args.per_device_train_batch_size = trainer->batch_size;
+        o->train.per_device_train_batch_size = trainer->batch_size;
+    }
     struct TrainerState state = {0};
-    const char *log_dir = algorithm == ALGORITHM_PPO ? o->train.output_dir : NULL;
+    const char *log_dir = algorithm == ALGORITHM_REINFORCE ? NULL : o->train.output_dir;
     rollout_train(trainer, &source, steps, log_dir, &state);
     save_result(o, &state);
     free(state.log_history);
@@ -18397,6 +19087,35 @@ static void command_ppo(struct Options *o) {
           "--gradient_accumulation_steps %zu",
           c->batch_size, c->mini_batch_size, c->gradient_accumulation_steps);
     train_on_rollouts(o, ALGORITHM_PPO);
+}
+
+static void command_grpo(struct Options *o) {
+    struct GRPOConfig *c = &o->grpo;
+    struct TrainingArguments *train = &o->train;
+    CHECK(c->num_generations > 1,
+          "--num_generations %zu: an answer is compared with others to "
+          "the same prompt; 2 or more were expected",
+          c->num_generations);
+    size_t n = train->per_device_train_batch_size * train->gradient_accumulation_steps;
+    CHECK(n % c->num_generations == 0,
+          "--per_device_train_batch_size %zu times --gradient_accumulation_steps %zu: a multiple "
+          "of --num_generations %zu was expected, so that a step has whole groups",
+          train->per_device_train_batch_size, train->gradient_accumulation_steps,
+          c->num_generations);
+    if (!given(o, "save_steps"))
+        train->save_steps =
+            (train->save_steps + c->num_iterations - 1) / c->num_iterations * c->num_iterations;
+    CHECK(train->save_steps % c->num_iterations == 0,
+          "--save_steps %zu: a multiple of --num_iterations %zu was expected, since a checkpoint "
+          "is saved when a step's answers are used up",
+          train->save_steps, c->num_iterations);
+    if (!given(o, "epsilon_high"))
+        c->epsilon_high = c->epsilon;
+
+    /* all answers have the same limit, and the context may set a lower one */
+    o->output_length =
+        (struct LengthSampler){c->max_completion_length, c->max_completion_length + 1};
+    train_on_rollouts(o, ALGORITHM_GRPO);
 }
 
 static void command_reinforce(struct Options *o) {
@@ -20007,6 +20726,12 @@ static const struct Command {
     {"ppo", "PPO with a value head (TRL 0.11's PPOTrainer)", command_ppo,
      "model_name_or_path, reward_model_path, dataset_name, output_dir",
      "learning_rate 1.41e-5, max_grad_norm 0, lr_scheduler_type constant, logging_steps 1, seed 0"},
+    {"grpo", "GRPO: answers to a prompt compared with each other (TRL 1.16's GRPOTrainer)",
+     command_grpo, "model_name_or_path, reward_model_path, dataset_name, output_dir",
+     "learning_rate 1e-6, num_generations 8, num_iterations 1, beta 0, epsilon 0.2, "
+     "use_bias_correction_kl true, "
+     "epsilon_high 0.2, loss_type dapo, scale_rewards group, importance_sampling_level token, "
+     "max_completion_length 512"},
     {"reinforce", "the plain policy gradient, with and without a baseline", command_reinforce,
      "model_name_or_path, reward_model_path, dataset_name, output_dir",
      "learning_rate 1e-6, logging_steps 1, beta 0.05, num_generations 2, baseline rloo"},
@@ -20320,6 +21045,8 @@ static void note_idle_flags(struct Options *o, const struct Command *command) {
     note_idle(o, !smoothing, "label_smoothing", "only the losses sigmoid and robust smooth labels");
     note_idle(o, command->run == command_reinforce, "gradient_accumulation_steps",
               "reinforce takes a step on its whole batch");
+    note_idle(o, command->run == command_grpo && o->grpo.beta == 0, "ref_model",
+              "--beta 0: no reference is asked");
     note_idle(o, !o->ppo.adap_kl_ctrl, "horizon, target",
               "--adap_kl_ctrl false keeps the coefficient as it is");
     note_idle(o, !o->ppo.early_stopping, "target_kl", "--early_stopping is not given");
