@@ -1228,6 +1228,7 @@ static struct PPOLoss ppo_loss(const struct PPOConfig *config, struct PPOTokens 
  * advantages are 0. frac_reward_zero_std is the share of such answers. */
 
 /* What an answer's distance from its group's mean is divided by. */
+#define SCALE_REWARDS_NAMES "group, batch, none"
 enum ScaleRewards {
     SCALE_REWARDS_GROUP, /* the group's standard deviation: every group counts alike */
     SCALE_REWARDS_BATCH, /* that of all answers of the batch */
@@ -1235,6 +1236,7 @@ enum ScaleRewards {
 };
 
 /* Over what the tokens' losses are averaged: see grpo_token_share. */
+#define GRPO_LOSS_NAMES "grpo, bnpo, dr_grpo, dapo"
 enum GRPOLossType {
     GRPO_LOSS_GRPO,
     GRPO_LOSS_BNPO,
@@ -1326,7 +1328,7 @@ struct GRPOTokenLoss {
     double dlog_ratio; /* d loss / d log_ratio */
     double dlogprob; /* d loss / d logprob by the KL, the ratio apart */
     double ratio; /* of the token, or of its answer */
-    double kl; /* k3 to the reference, times the ratio if it is corrected; 0 without a reference */
+    double kl; /* k3 to the reference, times the ratio if it is corrected */
     bool is_low_clipped, is_high_clipped; /* the ratio has left the range on that side */
 };
 
@@ -1366,8 +1368,6 @@ static struct GRPOTokenLoss grpo_token_loss(const struct GRPOConfig *config, dou
         .is_low_clipped = is_clipped && advantage < 0,
         .is_high_clipped = is_clipped && advantage > 0,
     };
-    if (config->beta == 0)
-        return token;
 
     /* 2. The KL is not clipped: a token that has had its share is still held by the reference. */
     double weight = config->use_bias_correction_kl ? ratio : 1;
@@ -1438,7 +1438,8 @@ static double grpo_answer_loss(const struct GRPOConfig *config, struct GRPOAnswe
     double mean_slope = 0;
     for (size_t t = 0; t < answer->length; t++) {
         double moved = (double)answer->logprobs[t] - answer->old_logprobs[t];
-        double ref_logprob = answer->ref_logprobs ? answer->ref_logprobs[t] : 0;
+        /* without a reference the policy is its own: kl is 0 */
+        double ref_logprob = answer->ref_logprobs ? answer->ref_logprobs[t] : answer->logprobs[t];
         answer->tokens[t] = grpo_token_loss(config, whole ? mean : moved, answer->advantage,
                                             answer->logprobs[t], ref_logprob);
         loss += share * answer->tokens[t].loss;
@@ -11692,10 +11693,11 @@ struct Explain {
     bool begun; /* a line of numbers has been printed since the last paragraph */
 };
 
-/* From chapter 27, the fields of an example or of one of its answers: a number, a word, a list of
- * numbers, and how many it has; the label of row i; and a field that a topic adds. */
+/* From chapter 27, the fields of an example or of one of its answers: a number, a word, its place
+ * among those allowed, a list of numbers, and how many it has; the label of row i; and a field that a topic adds. */
 static double get_number(const struct Json *object, const char *name);
 static const char *get_word(const struct Json *object, const char *name);
+static size_t get_choice(const struct Json *object, const char *name, const char *words);
 static size_t get_count(const struct Json *object, const char *name);
 static float *get_list(struct Explain *x, const struct Json *object, const char *name);
 static const char *get_label(struct Explain *x, const struct Json *object, const char *tokens,
@@ -13711,6 +13713,252 @@ static void explain_ppo(struct Explain *x) {
     tell_ppo_value(x, &a, &p, &c);
 }
 
+/* ---- grpo ----------------------------------------------------------------------------------- */
+
+static const char *const GRPO_TEXT[][2] = {
+    {"GRPO on some answers to one prompt, a group. No value head says what was to be expected: the "
+     "mean score of the group does. A says how much better an answer was, and is the same for all "
+     "of its tokens. scale_rewards group divides it by the standard deviation of the group's "
+     "scores (batch by that of the batch, which is only this group here; none not at all).",
+     "GRPO com algumas respostas a um mesmo prompt, um grupo. Nenhuma cabeça de valor diz o que "
+     "se podia esperar: quem diz é a pontuação média do grupo. A diz quanto a resposta foi "
+     "melhor, e é igual para todos os seus tokens. scale_rewards group divide A pelo desvio "
+     "padrão das pontuações do grupo (batch, pelo do lote, que aqui é só este grupo; none não "
+     "divide)."},
+    {"The update. ratio and clip are PPO's: how many times as probable a token is now (new) as "
+     "when it was written (log pi), believed from 1 - epsilon to 1 + epsilon_high. At the first "
+     "update nothing has moved yet: every ratio is 1, each loss is -A, and over answers of one "
+     "length they add up to 0. Learning is possible all the same: what counts is the slope. Here "
+     "an update has been made.",
+     "A atualização. ratio e corte são os do PPO: quantas vezes mais provável o token é agora "
+     "(new) do que quando foi escrito (log pi), aceito de 1 - epsilon até 1 + epsilon_high. Na "
+     "primeira atualização nada se moveu ainda: toda razão é 1, cada perda é -A, e em respostas "
+     "do mesmo comprimento elas somam 0. Mesmo assim dá para aprender: o que conta é a "
+     "inclinação. Aqui uma atualização já foi feita."},
+    {"kl estimates how far the policy is from the reference: k3, never negative. In PPO it is paid "
+     "as part of the rewards; here it is part of the loss, beta times, and has a slope of its own, "
+     "which pulls the token towards the reference even where the ratio is clipped. slope is the "
+     "derivative of the mean loss by new; a step goes against it.",
+     "kl estima a que distância da referência a política está: k3, nunca negativo. No PPO ele é "
+     "pago como parte das recompensas; aqui é parte da perda, vezes beta, e tem inclinação "
+     "própria, que puxa o token para a referência mesmo onde a razão é cortada. inclin. é a "
+     "derivada da perda média em relação a new; um passo vai contra ela."},
+    {"The loss is a mean over tokens; loss_type says which. dapo and bnpo: every token counts "
+     "alike (they differ only where a step has several parts). grpo: the mean of the answers' "
+     "means, so a token of a long answer counts less. dr_grpo: divided by the number of answers "
+     "and max_completion_length, whatever the lengths are.",
+     "A perda é uma média sobre os tokens; loss_type diz qual. dapo e bnpo: todo token conta "
+     "igual (só diferem quando um passo tem várias partes). grpo: a média das médias das "
+     "respostas, e assim um token de uma resposta longa conta menos. dr_grpo: dividida pelo "
+     "número de respostas e por max_completion_length, quaisquer que sejam os comprimentos."},
+};
+
+/* The example's settings. */
+static struct GRPOConfig explain_grpo_config(const struct Json *example, size_t answers) {
+    size_t loss_type = get_choice(example, "loss_type", GRPO_LOSS_NAMES);
+    size_t scale_rewards = get_choice(example, "scale_rewards", SCALE_REWARDS_NAMES);
+    return (struct GRPOConfig){
+        .num_generations = answers,
+        .num_iterations = 1,
+        .max_completion_length = (size_t)get_number(example, "max_completion_length"),
+        .beta = get_number(example, "beta"),
+        .use_bias_correction_kl = get_number(example, "use_bias_correction_kl") != 0,
+        .epsilon = get_number(example, "epsilon"),
+        .epsilon_high = get_number(example, "epsilon_high"),
+        .loss_type = (enum GRPOLossType)loss_type,
+        .scale_rewards = (enum ScaleRewards)scale_rewards,
+    };
+}
+
+/* What grpo_loss says of each token, as cells. */
+struct GRPOCells {
+    struct GRPOConfig config;
+    struct GRPOAnswer *answers;
+    float *logprobs, *ref_logprobs, *new_logprobs;
+    double *advantage, *ratio, *is_clipped, *kl, *loss, *dlogprob; /* of each token */
+    double total;
+};
+
+static struct GRPOCells grpo_cells(struct Explain *x, const struct Answers *a,
+                                   const float *advantages) {
+    struct GRPOCells c = {
+        .config = explain_grpo_config(x->example, a->n),
+        .answers = arena_zeros(x->arena, a->n, sizeof *c.answers),
+        .logprobs = answers_list(x, a, "logprobs"),
+        .ref_logprobs = answers_list(x, a, "ref_logprobs"),
+        .new_logprobs = answers_list(x, a, "new_logprobs"),
+    };
+    /* 1. all answers as one batch */
+    struct GRPOTokenLoss *tokens = arena_zeros(x->arena, a->R, sizeof *tokens);
+    float *dlogprobs = arena_floats(x->arena, a->R);
+    for (size_t b = 0; b < a->n; b++)
+        c.answers[b] = (struct GRPOAnswer){
+            .length = a->start[b + 1] - a->start[b],
+            .advantage = advantages[b],
+            .old_logprobs = c.logprobs + a->start[b],
+            .logprobs = c.new_logprobs + a->start[b],
+            .ref_logprobs = c.ref_logprobs + a->start[b],
+            .tokens = tokens + a->start[b],
+            .dlogprobs = dlogprobs + a->start[b],
+        };
+    c.total = grpo_loss(&c.config, c.answers, a->n, (double)a->R);
+
+    /* 2. its structs, column by column */
+    double **cells[] = {&c.advantage, &c.ratio, &c.is_clipped, &c.kl, &c.loss};
+    for (size_t k = 0; k < COUNT(cells); k++)
+        *cells[k] = arena_alloc(x->arena, a->R, sizeof(double));
+    for (size_t b = 0, t = 0; b < a->n; b++)
+        for (; t < a->start[b + 1]; t++) {
+            c.advantage[t] = advantages[b];
+            c.ratio[t] = tokens[t].ratio;
+            c.is_clipped[t] = tokens[t].is_low_clipped || tokens[t].is_high_clipped;
+            c.kl[t] = tokens[t].kl;
+            c.loss[t] = tokens[t].loss;
+        }
+    c.dlogprob = doubles(x, dlogprobs, a->R);
+    return c;
+}
+
+/* Step 1: scores become advantages; answer 1 by hand. */
+static float *tell_grpo_advantages(struct Explain *x, const struct Answers *a) {
+    struct GRPOConfig config = explain_grpo_config(x->example, a->n);
+    float *scores = arena_floats(x->arena, a->n);
+    float *advantages = arena_floats(x->arena, a->n);
+    for (size_t b = 0; b < a->n; b++)
+        scores[b] = (float)get_number(a->object[b], "score");
+    CHECK(a->n > 1, "%sanswers: a group has two answers or more; found: %zu", x->place, a->n);
+    grpo_advantages(&config, scores, a->n, advantages);
+    struct ScoreMoments group = score_moments(scores, a->n);
+
+    /* a line for each answer, then the first of them in full */
+    tell(x, GRPO_TEXT[0]);
+    tell_prompt(x);
+    line(x, "  %-12s%9s%9s%9s", "", "score", x->pt ? "média" : "mean", "A");
+    for (size_t b = 0; b < a->n; b++) {
+        const char *label = arena_printf(x->arena, "%s %zu", x->pt ? "resposta" : "answer", b + 1);
+        line(x, "  %-12s%9.4f%9.4f%9.4f", label, (double)scores[b], group.mean,
+             (double)advantages[b]);
+        put_number(x, a->object[b], "advantage", advantages[b]);
+    }
+    line(x, "\n  %s 1", x->pt ? "resposta" : "answer");
+    bool is_scaled = config.scale_rewards != SCALE_REWARDS_NONE;
+    if (is_scaled) {
+        formula(x, "A = (score - mean) / (std + 1e-4)", "grpo_advantages");
+        line(x, "    = (%s - %s) / (%s + 1e-4) = %s", D(scores[0]), OP(group.mean), D(group.std),
+             D(advantages[0]));
+    } else {
+        formula(x, "A = score - mean", "grpo_advantages");
+        line(x, "    = %s - %s = %s", D(scores[0]), OP(group.mean), D(advantages[0]));
+    }
+    return advantages;
+}
+
+/* The clipped loss of one token by hand. */
+static void tell_grpo_token(struct Explain *x, const struct Answers *a, const struct GRPOCells *c,
+                            size_t t) {
+    double A = c->advantage[t];
+    double lowest = 1 - c->config.epsilon;
+    double highest = 1 + c->config.epsilon_high;
+    double near = MAX(lowest, MIN(highest, c->ratio[t]));
+    /* PPO's part */
+    line(x, "\n  %s", first_label(x, a, t));
+    formula(x, "ratio = e^(new - log pi)", "grpo_answer_loss");
+    line(x, "        = e^(%s - %s) = %s", D(c->new_logprobs[t]), OP(c->logprobs[t]),
+         D(c->ratio[t]));
+    formula(x, "near  = clip(ratio, 1 - epsilon, 1 + epsilon_high)", "grpo_token_loss");
+    line(x, "        = clip(%s, %s, %s) = %s", D(c->ratio[t]), D(lowest), D(highest), D(near));
+    formula(x, "max(-A * ratio, -A * near)", "grpo_token_loss");
+    line(x, "        = max(%s, %s) = %s", D(-A * c->ratio[t]), D(-A * near),
+         D(MAX(-A * c->ratio[t], -A * near)));
+}
+
+/* The KL of a token by hand, its loss, and its slope. */
+static void tell_grpo_kl(struct Explain *x, const struct Answers *a, const struct GRPOCells *c,
+                         size_t t) {
+    double d = (double)c->ref_logprobs[t] - c->new_logprobs[t];
+    double A = c->advantage[t];
+    double near = MAX(1 - c->config.epsilon, MIN(1 + c->config.epsilon_high, c->ratio[t]));
+    bool is_corrected = c->config.use_bias_correction_kl;
+    line(x, "\n  %s", first_label(x, a, t));
+    formula(x, "d     = log ref - new", "kl_k3");
+    line(x, "        = %s - %s = %s", D(c->ref_logprobs[t]), OP(c->new_logprobs[t]), D(d));
+    formula(x, is_corrected ? "kl    = ratio (e^d - 1 - d)" : "kl    = e^d - 1 - d", "kl_k3");
+    line(x, "        = %s", D(c->kl[t]));
+    formula(x, "loss  = max(-A * ratio, -A * near) + beta * kl", "grpo_token_loss");
+    line(x, "        = %s + %s * %s = %s", D(MAX(-A * c->ratio[t], -A * near)), D(c->config.beta),
+         D(c->kl[t]), D(c->loss[t]));
+}
+
+/* Step 3: which mean the loss is; the first token's slope by hand. */
+static void tell_grpo_mean(struct Explain *x, const struct Answers *a, const struct GRPOCells *c) {
+    tell(x, GRPO_TEXT[3]);
+    line(x, "  %-12s%9s%9s", "", "tokens", x->pt ? "peso" : "weight");
+    for (size_t b = 0; b < a->n; b++) {
+        /* the weight of each token of an answer */
+        double share = grpo_token_share(&c->config, c->answers[b].length, a->n, (double)a->R);
+        const char *label = arena_printf(x->arena, "%s %zu", x->pt ? "resposta" : "answer", b + 1);
+        line(x, "  %-12s%9zu%9.4f%s", label, c->answers[b].length, share,
+             b ? "" : "             grpo_token_share");
+    }
+    line(x, "\n  %s", first_label(x, a, 0));
+    formula(x,
+            x->pt ? "inclin. = peso * (d1 + beta (1 - e^d)), onde"
+                  : "slope = weight * (d1 + beta (1 - e^d)), where",
+            "grpo_answer_loss");
+    line(x,
+         x->pt ? "  d1 = 0 se cortado, senão -A * ratio%s"
+               : "  d1 = 0 if clipped, else -A * ratio%s",
+         c->config.use_bias_correction_kl ? ", + beta * kl" : "");
+    line(x, "        = %s", D(c->dlogprob[0]));
+    formula(x,
+            x->pt ? "loss = soma de peso * loss de cada token"
+                  : "loss = sum of weight * loss of every token",
+            "grpo_loss");
+    line(x, "       = %s", D(c->total));
+    put_number(x, x->example, "loss", c->total);
+}
+
+/* explain grpo -- GRPO's loss on a group of answers, token by token. */
+static void explain_grpo(struct Explain *x) {
+    struct Answers a = answers_of(x, "logprobs");
+    /* 1. advantages */
+    float *advantages = tell_grpo_advantages(x, &a);
+    struct GRPOCells c = grpo_cells(x, &a, advantages);
+
+    /* 2. ratio and clip; by hand answer 1's first token, and its first clipped one */
+    const struct TableColumn ratios[] = {
+        {.head = "log pi", .at = doubles(x, c.logprobs, a.R)},
+        {.head = "new", .at = doubles(x, c.new_logprobs, a.R)},
+        {.head = "ratio", .at = c.ratio, .name = "ratios"},
+        {.head = "A", .at = c.advantage},
+        {.head = x->pt ? "cortado" : "clipped",
+         .at = c.is_clipped,
+         .name = "clipped",
+         .is_flags = true},
+    };
+    tell(x, GRPO_TEXT[1]);
+    tell_answers(x, &a, ratios, COUNT(ratios));
+    tell_grpo_token(x, &a, &c, 0);
+    size_t t = 1;
+    while (t < a.start[1] && !c.is_clipped[t])
+        t++;
+    if (t < a.start[1])
+        tell_grpo_token(x, &a, &c, t);
+
+    /* 3. the KL, the loss and its slope */
+    const struct TableColumn losses[] = {
+        {.head = "new", .at = doubles(x, c.new_logprobs, a.R)},
+        {.head = "log ref", .at = doubles(x, c.ref_logprobs, a.R)},
+        {.head = "kl", .at = c.kl, .name = "kl"},
+        {.head = "loss", .at = c.loss, .name = "token_losses"},
+        {.head = x->pt ? "inclin." : "slope", .at = c.dlogprob, .name = "dlogprobs"},
+    };
+    tell(x, GRPO_TEXT[2]);
+    tell_answers(x, &a, losses, COUNT(losses));
+    tell_grpo_kl(x, &a, &c, 0);
+    tell_grpo_mean(x, &a, &c);
+}
+
 /* ---- dpo ------------------------------------------------------------------------------------ */
 
 static const char *const DPO_TEXT[][2] = {
@@ -13937,6 +14185,8 @@ static const struct Topic {
     {"gae", "how a score at the end reaches the first token",
      "como uma pontuação no fim chega ao primeiro token", explain_gae},
     {"ppo", "a step of PPO, token by token", "um passo do PPO, token por token", explain_ppo},
+    {"grpo", "PPO without a value head: answers compared with each other",
+     "PPO sem cabeça de valor: respostas comparadas entre si", explain_grpo},
     {"dpo", "the same from a pair alone", "o mesmo, só com um par", explain_dpo},
     {"exact", "the best policy in closed form", "a melhor política em forma fechada",
      explain_exact},
@@ -18176,9 +18426,9 @@ static const struct Kind KIND_OPTIM = {TYPE_CHOICE, 0, 0,
 static const struct Kind KIND_ROW_ORDER = {TYPE_CHOICE, 0, 0, "random, sequential"};
 static const struct Kind KIND_KL_PENALTY = {TYPE_CHOICE, 0, 0, "kl, abs, mse, full"};
 static const struct Kind KIND_BASELINE = {TYPE_CHOICE, 0, 0, "none, mean, rloo"};
-static const struct Kind KIND_GRPO_LOSS = {TYPE_CHOICE, 0, 0, "grpo, bnpo, dr_grpo, dapo"};
+static const struct Kind KIND_GRPO_LOSS = {TYPE_CHOICE, 0, 0, GRPO_LOSS_NAMES};
 static const struct Kind KIND_PADDING = {TYPE_CHOICE, 0, 0, "left, right"};
-static const struct Kind KIND_SCALE_REWARDS = {TYPE_CHOICE, 0, 0, "group, batch, none"};
+static const struct Kind KIND_SCALE_REWARDS = {TYPE_CHOICE, 0, 0, SCALE_REWARDS_NAMES};
 static const struct Kind KIND_SAMPLING_LEVEL = {TYPE_CHOICE, 0, 0, "token, sequence"};
 static const struct Kind KIND_LANGUAGE = {TYPE_CHOICE, 0, 0, "en, pt"};
 static const struct Kind KIND_BOOL = {TYPE_BOOL, 0, 0, "true or false"};
@@ -20005,6 +20255,18 @@ static const char EXPLAIN_EXAMPLE[] = JSON_TEXT({
          "values": [0.4, -0.1, -0.2, -0.4],
          "new_logprobs": [-1.94, -0.65, -0.82, -0.5],
          "new_values": [0.45, -0.15, -0.25, -0.5]}]},
+    "grpo": {"prompt": "The film is", "epsilon": 0.2, "epsilon_high": 0.2, "beta": 0.04,
+             "use_bias_correction_kl": 0, "loss_type": "dapo", "scale_rewards": "group",
+             "max_completion_length": 8, "answers": [
+        {"tokens": [" a", " lot", " of", " fun"], "score": 1,
+         "logprobs": [-0.79, -1.8, -0.05, -0.7], "ref_logprobs": [-0.66, -2.3, -0.05, -1.2],
+         "new_logprobs": [-0.69, -1.7, -0.04, -0.4]},
+        {"tokens": [" far", " too", " long", "."], "score": -0.6,
+         "logprobs": [-1.79, -0.6, -0.8, -0.5], "ref_logprobs": [-1.86, -0.7, -0.7, -0.5],
+         "new_logprobs": [-1.94, -0.65, -0.82, -0.5]},
+        {"tokens": [" not", " bad"], "score": 0.5,
+         "logprobs": [-1.3, -0.9], "ref_logprobs": [-1.2, -1],
+         "new_logprobs": [-1.24, -0.93]}]},
     "dpo": {"prompt": "The film is", "beta": 0.1, "label_smoothing": 0,
             "chosen_tokens": [" a", " lot", " of", " fun"],
             "chosen_logprobs": [-0.79, -1.8, -0.05, -0.7],
@@ -20049,7 +20311,7 @@ enum { EXAMPLE_ITEMS = 1000 };
 enum FieldKind {
     FIELD_NUMBER,
     FIELD_WHOLE,
-    FIELD_BASELINE, /* none, mean, rloo */
+    FIELD_WORD, /* one of those in `beside` */
     FIELD_LIST, /* of numbers, one or more */
     FIELD_LOGPS, /* a number, or a list of them */
     FIELD_IDS, /* whole numbers, none or more: each a place in `beside` */
@@ -20063,9 +20325,10 @@ static const struct ExampleField {
     enum FieldKind kind;
     double least, most;
     bool in_answer; /* a field of each answer */
-    const char *beside; /* the list that it is as long as, or NULL */
+    const char *beside; /* the list that it is as long as, or NULL; of a word: those allowed */
 } EXAMPLE_FIELDS[] = {
-    {"softmax, sampling, kl, reinforce, gae, ppo, dpo", "prompt", FIELD_PROMPT, 0, 0, false, NULL},
+    {"softmax, sampling, kl, reinforce, gae, ppo, grpo, dpo", "prompt", FIELD_PROMPT, 0, 0, false,
+     NULL},
     {"softmax, sampling", "logits", FIELD_LIST, -300, 300, false, NULL},
     {"softmax, sampling", "tokens", FIELD_TOKENS, 0, 0, false, "logits"},
     {"sampling", "ids", FIELD_IDS, 0, 1e6, false, "logits"},
@@ -20081,8 +20344,14 @@ static const struct ExampleField {
     {"reward", "rejected", FIELD_NUMBER, -1e6, 1e6, false, NULL},
     {"reward", "margin", FIELD_NUMBER, -1e6, 1e6, false, NULL},
     {"reward", "center_rewards_coefficient", FIELD_NUMBER, 0, 1000, false, NULL},
-    {"reinforce", "baseline", FIELD_BASELINE, 0, 0, false, NULL},
-    {"reinforce", "beta", FIELD_NUMBER, 0, 1000, false, NULL},
+    {"reinforce", "baseline", FIELD_WORD, 0, 0, false, "none, mean, rloo"},
+    {"reinforce, grpo", "beta", FIELD_NUMBER, 0, 1000, false, NULL},
+    {"grpo", "epsilon", FIELD_NUMBER, 0, 1000, false, NULL},
+    {"grpo", "epsilon_high", FIELD_NUMBER, 0, 1000, false, NULL},
+    {"grpo", "use_bias_correction_kl", FIELD_WHOLE, 0, 1, false, NULL},
+    {"grpo", "loss_type", FIELD_WORD, 0, 0, false, GRPO_LOSS_NAMES},
+    {"grpo", "scale_rewards", FIELD_WORD, 0, 0, false, SCALE_REWARDS_NAMES},
+    {"grpo", "max_completion_length", FIELD_WHOLE, 1, 1e6, false, NULL},
     {"dpo, exact", "beta", FIELD_NUMBER, 0.001, 1000, false, NULL},
     {"dpo", "label_smoothing", FIELD_NUMBER, 0, 0.5, false, NULL},
     {"ppo", "kl_coef", FIELD_NUMBER, 0, 1000, false, NULL},
@@ -20100,20 +20369,20 @@ static const struct ExampleField {
     {"exact", "ref_probabilities", FIELD_LIST, 1e-9, 1, false, NULL},
     {"exact", "rewards", FIELD_LIST, -1e6, 1e6, false, "ref_probabilities"},
     {"exact", "tokens", FIELD_TOKENS, 0, 0, false, "ref_probabilities"},
-    {"reinforce, gae, ppo", "answers", FIELD_ANSWERS, 0, 0, false, NULL},
-    {"reinforce, ppo", "score", FIELD_NUMBER, -1e6, 1e6, true, NULL},
+    {"reinforce, gae, ppo, grpo", "answers", FIELD_ANSWERS, 0, 0, false, NULL},
+    {"reinforce, ppo, grpo", "score", FIELD_NUMBER, -1e6, 1e6, true, NULL},
     {"reinforce", "logps", FIELD_LOGPS, -1e6, 0, true, NULL},
     {"reinforce", "ref_logps", FIELD_LOGPS, -1e6, 0, true, "logps"},
     {"reinforce", "tokens", FIELD_TOKENS, 0, 0, true, "logps"},
     {"gae", "rewards", FIELD_LIST, -1e6, 1e6, true, NULL},
     {"gae", "values", FIELD_LIST, -1e6, 1e6, true, "rewards"},
     {"gae", "tokens", FIELD_TOKENS, 0, 0, true, "rewards"},
-    {"ppo", "logprobs", FIELD_LIST, -80, 0, true, NULL},
-    {"ppo", "ref_logprobs", FIELD_LIST, -80, 0, true, "logprobs"},
+    {"ppo, grpo", "logprobs", FIELD_LIST, -80, 0, true, NULL},
+    {"ppo, grpo", "ref_logprobs", FIELD_LIST, -80, 0, true, "logprobs"},
     {"ppo", "values", FIELD_LIST, -1e6, 1e6, true, "logprobs"},
-    {"ppo", "new_logprobs", FIELD_LIST, -80, 0, true, "logprobs"},
+    {"ppo, grpo", "new_logprobs", FIELD_LIST, -80, 0, true, "logprobs"},
     {"ppo", "new_values", FIELD_LIST, -1e6, 1e6, true, "logprobs"},
-    {"ppo", "tokens", FIELD_TOKENS, 0, 0, true, "logprobs"},
+    {"ppo, grpo", "tokens", FIELD_TOKENS, 0, 0, true, "logprobs"},
 };
 
 /* What a topic adds to its example, in an answer or beside them; NULL for a topic without example.
@@ -20128,6 +20397,7 @@ static const char *topic_adds(const char *topic) {
         {"gae", "deltas, raw_advantages, returns, advantages"},
         {"ppo", "kl, rewards, deltas, raw_advantages, returns, advantages, ratios, clipped, "
                 "token_losses, dlogprobs, value_losses, dvalues, policy_loss, value_loss, loss"},
+        {"grpo", "advantage, ratios, clipped, kl, token_losses, dlogprobs, loss"},
         {"dpo", "chosen_logp, ref_chosen_logp, rejected_logp, ref_rejected_logp, delta, loss, "
                 "dchosen, drejected, reward_chosen, reward_rejected"},
         {"exact", "Z, optimum, objective_ref, objective_max"},
@@ -20206,9 +20476,9 @@ static struct Json *example_field(const struct ExampleReader *r, const struct Ex
         check_field_number(r, field, json, place);
     if (kind == FIELD_PROMPT)
         CHECK(json->type == JSON_STRING, "%s: a text was expected; found: %s", place, found);
-    if (kind == FIELD_BASELINE)
-        CHECK(json->type == JSON_STRING && list_has(KIND_BASELINE.expected, json->string.data),
-              "%s: \"none\", \"mean\" or \"rloo\" was expected; found: %s", place, found);
+    if (kind == FIELD_WORD)
+        CHECK(json->type == JSON_STRING && list_has(field->beside, json->string.data),
+              "%s: one of these words was expected: %s; found: %s", place, field->beside, found);
     if (kind < FIELD_LIST || kind == FIELD_PROMPT || (kind == FIELD_LOGPS && !is_list))
         return json;
 
@@ -20314,6 +20584,10 @@ static const char *get_word(const struct Json *object, const char *name) {
 }
 
 /* How many items a list has; 0 if it is none. */
+static size_t get_choice(const struct Json *object, const char *name, const char *words) {
+    return choice(name, get_word(object, name), words);
+}
+
 static size_t get_count(const struct Json *object, const char *name) {
     return json_type(object, name) == JSON_ARRAY ? (size_t)json_get(object, name)->number : 0;
 }
@@ -20481,10 +20755,14 @@ static const struct {
     const char *topics, *before, *name;
     enum Column column;
 } ANSWER_FIELDS[] = {
-    {"ppo, dpo", "", "logprobs", LOGPROBS},    {"ppo, dpo", "ref_", "logprobs", REF_LOGPROBS},
-    {"ppo, gae", "", "values", VALUES},        {"gae", "", "rewards", REWARDS},
-    {"ppo", "new_", "logprobs", NEW_LOGPROBS}, {"ppo", "new_", "values", NEW_VALUES},
-    {"reinforce", "", "logps", LOGPROBS},      {"reinforce", "ref_", "logps", REF_LOGPROBS},
+    {"ppo, grpo, dpo", "", "logprobs", LOGPROBS},
+    {"ppo, grpo, dpo", "ref_", "logprobs", REF_LOGPROBS},
+    {"ppo, gae", "", "values", VALUES},
+    {"gae", "", "rewards", REWARDS},
+    {"ppo, grpo", "new_", "logprobs", NEW_LOGPROBS},
+    {"ppo", "new_", "values", NEW_VALUES},
+    {"reinforce", "", "logps", LOGPROBS},
+    {"reinforce", "ref_", "logps", REF_LOGPROBS},
 };
 
 /* One answer's fields. Those of dpo are the example's own; `side`, in their names, tells which. */
@@ -20492,7 +20770,7 @@ static void example_add_answer(struct Options *o, struct Json *parent, const cha
                                const struct Rollout *rollout, const char *side, size_t start,
                                const float *const columns[COLUMNS]) {
     size_t n = rollout->response_length;
-    if (list_has("ppo, reinforce", topic))
+    if (list_has("ppo, grpo, reinforce", topic))
         json_add(&o->arena, parent, "score", JSON_NUMBER)->number = rollout->score;
     json_add_tokens(o, parent, arena_printf(&o->arena, "%stokens", side),
                     rollout->example.ids + rollout->example.prompt_length, n);
@@ -20544,6 +20822,33 @@ static void example_of_answers(struct Options *o, struct Json *example, const ch
     rollout_trainer_free(trainer);
 }
 
+/* grpo: what a step of GRPO knows of the two answers, as a group; `new` is what the policy says of
+ * them after one update with --learning_rate and the built-in example's other settings. */
+static void example_of_group(struct Options *o, struct Json *example) {
+    struct Rollout *rollouts = explain_answers(o);
+    struct Json *all = json_object(&o->arena, text_of(EXPLAIN_EXAMPLE), "the built-in example", "");
+    o->train.per_device_train_batch_size = 2;
+    struct GRPOConfig config = explain_grpo_config(json_get(all, "grpo"), 2);
+    struct RolloutTrainer *trainer = grpo_trainer_new(o->model, o->reference, config, o->train, 1);
+
+    /* the update; then the policy reads the answers again */
+    grpo_step(trainer, rollouts);
+    const struct GRPOBatch *p = &trainer->grpo_batch;
+    struct Example *examples = rollout_examples(&trainer->arena, rollouts, 2);
+    struct Batch batch = collate(&trainer->arena, examples, 2, SKIP_LAST);
+    struct LMHead now = batch_logprobs(o->model, &trainer->arena, &batch, 1, false);
+    const float *const columns[COLUMNS] = {
+        [LOGPROBS] = p->logprobs,
+        [REF_LOGPROBS] = p->ref_logprobs,
+        [NEW_LOGPROBS] = now.logprob,
+    };
+    struct Json *list = json_add(&o->arena, example, "answers", JSON_ARRAY);
+    for (size_t i = 0; i < 2; i++)
+        example_add_answer(o, json_add(&o->arena, list, "", JSON_OBJECT), "grpo", &rollouts[i], "",
+                           p->start[i], columns);
+    rollout_trainer_free(trainer);
+}
+
 /* reward: the score of an answer, whose text the topic has no field for. */
 static void example_add_reward(struct Options *o, struct Json *example, const char *side,
                                const struct Rollout *rollout) {
@@ -20567,7 +20872,7 @@ static const struct ModelTopic {
     {"reward", TO_TWO_ANSWERS ", reward_model_path", "prompt, reward_model_path"},
     {"reinforce, gae", TO_TWO_ANSWERS ", ref_model, reward_model_path",
      "prompt, reward_model_path"},
-    {"ppo", TO_TWO_ANSWERS ", ref_model, reward_model_path, learning_rate",
+    {"ppo, grpo", TO_TWO_ANSWERS ", ref_model, reward_model_path, learning_rate",
      "prompt, reward_model_path"},
 };
 
@@ -20615,6 +20920,8 @@ static struct Json *example_of_models(struct Options *o, const char *topic) {
     json_add(&o->arena, example, "prompt", JSON_STRING)->string = text_of(o->prompt);
     if (list_has("softmax, sampling, kl", topic))
         example_of_next(o, example, topic);
+    else if (strcmp(topic, "grpo") == 0)
+        example_of_group(o, example);
     else
         example_of_answers(o, example, topic);
     return example;
