@@ -10590,12 +10590,12 @@ static size_t collect_preferences(const struct PreferenceSource *source, struct 
  * Chapter 19 - Exact: a world small enough to enumerate
  *                                            [glossary: Solução em forma fechada]
  *
- * Do PPO, DPO and REINFORCE find what chapter 5 says is best? With real text nobody can tell. So
+ * Do PPO, GRPO, DPO and REINFORCE find what chapter 5 says is best? With real text nobody can tell. So
  * here is a world so small that every answer can be written down: a few tokens, a few positions.
  * With 3 tokens and 2 positions there are 9 answers. The best policy is known from its formula, and
- * how close each method comes to it is a sum over all answers: nothing is estimated. PPO and
- * REINFORCE themselves see only samples, as with real text; DPO, which samples nothing, sees all
- * pairs.
+ * how close each method comes to it is a sum over all answers: nothing is estimated. PPO, GRPO
+ * and REINFORCE themselves see only samples, as with real text; DPO, which samples nothing, sees
+ * all pairs. GRPO, it turns out, heads for a slightly different policy: see exact_grpo_limit.
  *
  * What enters: a random reference and a random reward for every answer. What leaves: the optimum,
  * and for the policy that each method reached, its KL to the optimum and its objective.
@@ -10605,23 +10605,24 @@ enum { EXACT_RESPONSES = 4096, EXACT_BATCH = 128 };
 enum ExactPolicy {
     EXACT_REFERENCE,
     EXACT_OPTIMUM,
+    EXACT_GRPO_LIMIT,
     EXACT_DPO,
     EXACT_PPO,
     EXACT_REINFORCE,
+    EXACT_GRPO,
     EXACT_POLICIES
 };
 
-/* The policies that are compared; the last three are trained. */
+/* The policies that are compared; the last four are trained. */
 static const struct {
     const char *name;
     double learning_rate;
     size_t steps;
 } EXACT[EXACT_POLICIES] = {
-    [EXACT_REFERENCE] = {"reference", 0, 0},
-    [EXACT_OPTIMUM] = {"optimum", 0, 0},
-    [EXACT_DPO] = {"dpo", 8e-3, 250},
-    [EXACT_PPO] = {"ppo", 2e-3, 400},
-    [EXACT_REINFORCE] = {"reinforce", 2e-3, 500},
+    [EXACT_REFERENCE] = {"reference", 0, 0},   [EXACT_OPTIMUM] = {"optimum", 0, 0},
+    [EXACT_GRPO_LIMIT] = {"grpo limit", 0, 0}, [EXACT_DPO] = {"dpo", 8e-3, 250},
+    [EXACT_PPO] = {"ppo", 2e-3, 400},          [EXACT_REINFORCE] = {"reinforce", 2e-3, 500},
+    [EXACT_GRPO] = {"grpo", 5e-3, 1000},
 };
 
 /* The world: all its responses, with the reward of each and its probability under each policy. */
@@ -10642,6 +10643,14 @@ struct ExactFigures {
     double kl; /* KL(pi || pi_ref), nats */
     double objective; /* J */
 };
+
+/* KL(p || q) of two distributions over n answers, from their log-probabilities. */
+static double kl_of_logps(const double *p, const double *q, size_t n) {
+    double kl = 0;
+    for (size_t i = 0; i < n; i++)
+        kl += exp(p[i]) * (p[i] - q[i]);
+    return kl;
+}
 
 /* exact_figures -- what a policy is worth, from sums over all n responses, not from samples.
  *                                                      [glossary: Função objetivo]
@@ -10695,6 +10704,56 @@ static void exact_best_of_n(const struct ExactWorld *w, size_t n, double *logps)
         double p = pow(lower + exp(ref_logps[i]), (double)n) - pow(lower, (double)n);
         logps[i] = log(MAX(p, DBL_MIN));
     }
+}
+
+/* exact_grpo_limit -- the policy at which GRPO's expected gradient is 0 (with scale_rewards none):
+ * the best one, if later tokens cost nothing.
+ *   pi(a | s) = pi_ref(a | s) e^(Q(s,a) / beta) / Z(s)     for each beginning s and next token a
+ *   Q(s,a)    = E[r | s, a], the expected reward if the answer goes on by this same policy
+ * In J each answer pays for the KL of all its tokens, and PPO and REINFORCE take that from its
+ * reward. GRPO's advantage is made of scores alone, and its KL stands in the loss, position by
+ * position: a token answers for its own KL, but not for the KL that it leads to. So at an answer's
+ * last token GRPO finds what is best; at earlier ones it goes too readily where the reward can be
+ * had only by moving far from the reference later on. (The optimum has beta log Z(s,a), the reward
+ * minus beta times the KL to come, in place of Q.) Answers of one token have no later ones: there
+ * the two are the same.
+ * Dividing by the group's standard deviation would change more: what GRPO then maximizes has
+ * beta times that deviation for its beta, and the deviation falls as the policy learns.
+ * out  logps (w->n)
+ * By hand: 2 tokens, V 2, pi_ref 1/4 for each answer, r = (0, 2, 0, 0), beta 1. After token 0:
+ * e^0 : e^2 = 0.1192 : 0.8808, Q = 1.7616; after token 1: 1/2, Q = 0. First token: e^1.7616 : 1 =
+ * 0.8534 : 0.1466. The optimum has Z = (1 + e^2 + 1 + 1)/4, so 0.8075 : 0.1925.
+ *                                                                     test: exact_grpo_limit */
+static void exact_grpo_limit(const struct ExactWorld *w, struct Arena *arena, double *logps) {
+    /* 1. All beginnings of one length at a time, starting with whole answers: their value is r. */
+    double *value = arena_alloc(arena, w->n, sizeof *value);
+    double *ref_logps = arena_alloc(arena, w->n, sizeof *ref_logps);
+    double *log_pi = arena_alloc(arena, w->V, sizeof *log_pi);
+    memcpy(value, w->r, w->n * sizeof *value);
+    memcpy(ref_logps, w->logps[EXACT_REFERENCE], w->n * sizeof *ref_logps);
+    for (size_t i = 0; i < w->n; i++)
+        logps[i] = 0;
+
+    /* 2. One token shorter: beginning s goes on as s V, s V + 1, ... For each of them, chapter 5's
+     *    closed form over the next token. */
+    for (size_t below = 1; below < w->n; below *= w->V)
+        for (size_t s = 0; s < w->n / below / w->V; s++) {
+            const double *ref_next = ref_logps + s * w->V;
+            const double *Q = value + s * w->V;
+            exact_optimum(ref_next, Q, w->V, w->beta, log_pi);
+            double expected = 0;
+            double mass = 0;
+            for (size_t a = 0; a < w->V; a++) {
+                expected += exp(log_pi[a]) * Q[a];
+                mass += exp(ref_next[a]);
+                /* log pi of an answer is the sum over its tokens; `below` answers begin with s, a */
+                for (size_t i = 0; i < below; i++)
+                    logps[(s * w->V + a) * below + i] += log_pi[a];
+            }
+            /* places of the beginnings that have been used up hold those that are shorter */
+            value[s] = expected;
+            ref_logps[s] = log(mass);
+        }
 }
 
 /* exact_dpo_loss -- DPO's loss, expected over all pairs of answers.
@@ -10876,31 +10935,55 @@ static void exact_train_dpo(const struct ExactWorld *w, struct GPT2 *model,
     arena_free(&arena);
 }
 
-/* PPO or REINFORCE, by chapter 17's own step functions. */
+/* PPO's trainer in this world. */
+static struct RolloutTrainer *exact_ppo(const struct ExactWorld *w, struct GPT2 *model,
+                                        const struct TrainingArguments *args) {
+    struct PPOConfig config = ppo_config();
+    config.batch_size = EXACT_BATCH;
+    config.mini_batch_size = EXACT_BATCH;
+
+    /* Beta is fixed: the optimum that all are compared with is that of this beta, and a controller
+     * would lead to another one's. */
+    config.init_kl_coef = w->beta;
+    config.adap_kl_ctrl = false;
+
+    /* each batch is used twice; the value head, which starts at random, learns faster than usual */
+    config.ppo_epochs = 2;
+    config.vf_coef = 0.5;
+    return ppo_trainer_new(model, w->ref_model, config, *args, 1);
+}
+
+/* GRPO's: all answers are one group, and nothing is divided by its deviation. */
+static struct RolloutTrainer *exact_grpo(const struct ExactWorld *w, struct GPT2 *model,
+                                         struct TrainingArguments args) {
+    struct GRPOConfig config = {
+        .num_generations = EXACT_BATCH,
+        .num_iterations = 1,
+        .max_completion_length = w->T,
+        .beta = w->beta,
+        .use_bias_correction_kl = true,
+        .epsilon = 0.2,
+        .epsilon_high = 0.2,
+        .loss_type = GRPO_LOSS_DAPO,
+        .scale_rewards = SCALE_REWARDS_NONE,
+    };
+    args.per_device_train_batch_size = EXACT_BATCH;
+    return grpo_trainer_new(model, w->ref_model, config, args, 1);
+}
+
+/* PPO, GRPO or REINFORCE, by chapter 17's own step functions. */
 static void exact_train_rollouts(const struct ExactWorld *w, struct GPT2 *model,
                                  const struct TrainingArguments *args, enum ExactPolicy method) {
     struct Arena arena = {0};
     struct RolloutTrainer *trainer;
-    if (method == EXACT_REINFORCE) {
-        /* all answers are to the one prompt: each is compared with all others */
-        struct ReinforceConfig config = {BASELINE_RLOO, EXACT_BATCH, EXACT_BATCH, w->beta};
-        trainer = reinforce_trainer_new(model, w->ref_model, config, *args, 1);
-    } else {
-        struct PPOConfig config = ppo_config();
-        config.batch_size = EXACT_BATCH;
-        config.mini_batch_size = EXACT_BATCH;
-
-        /* Beta is fixed: the optimum that both are compared with is that of this beta, and a
-         * controller would lead them to another one's. */
-        config.init_kl_coef = w->beta;
-        config.adap_kl_ctrl = false;
-
-        /* each batch is used twice; the value head, which starts at random, learns faster than
-         * usual */
-        config.ppo_epochs = 2;
-        config.vf_coef = 0.5;
-        trainer = ppo_trainer_new(model, w->ref_model, config, *args, 1);
-    }
+    /* REINFORCE: all answers are to the one prompt, and each is compared with all others */
+    struct ReinforceConfig reinforce = {BASELINE_RLOO, EXACT_BATCH, EXACT_BATCH, w->beta};
+    if (method == EXACT_PPO)
+        trainer = exact_ppo(w, model, args);
+    else if (method == EXACT_GRPO)
+        trainer = exact_grpo(w, model, *args);
+    else
+        trainer = reinforce_trainer_new(model, w->ref_model, reinforce, *args, 1);
     trainer->total_steps = EXACT[method].steps;
 
     struct Rng rng = rng_seed(w->seed, STREAM_SAMPLE);
@@ -10908,10 +10991,7 @@ static void exact_train_rollouts(const struct ExactWorld *w, struct GPT2 *model,
         /* on-policy: each step learns from new answers, since the last ones are another policy's */
         arena_reset(&arena);
         struct Rollout *rollouts = exact_rollouts(w, model, &rng, &arena);
-        if (method == EXACT_PPO)
-            ppo_step(trainer, rollouts);
-        else
-            reinforce_step(trainer, rollouts);
+        rollout_step(trainer, rollouts);
     }
     rollout_trainer_free(trainer);
     arena_free(&arena);
@@ -10942,17 +11022,20 @@ static void exact_train(struct ExactWorld *w, enum ExactPolicy method) {
         EXACT[method].steps, exact_figures(w, w->logps[method]).kl_to_optimum);
 }
 
-/* exact_run -- the optimum at beta, and the three trainings.                  test: exact_run */
+/* exact_run -- the optimum at beta, GRPO's limit, and the four trainings.   test: exact_run */
 static void exact_run(struct ExactWorld *w, double beta) {
     /* 1. The optimum by its formula, from the reference and the rewards alone. log Z is kept,
      *    because beta log Z is the largest J that any policy can have. */
     w->beta = beta;
     w->log_Z = exact_optimum(w->logps[EXACT_REFERENCE], w->r, w->n, beta, w->logps[EXACT_OPTIMUM]);
+    struct Arena arena = {0};
+    exact_grpo_limit(w, &arena, w->logps[EXACT_GRPO_LIMIT]);
+    arena_free(&arena);
 
-    /* 2. The three trainings share nothing that they write, so each gets a thread. The one with the
-     *    most steps starts first. */
+    /* 2. The trainings share nothing that they write, so each gets a thread. Those with the most
+     *    steps start first. */
 #pragma omp parallel for schedule(dynamic, 1)
-    for (int k = EXACT_REINFORCE; k >= EXACT_DPO; k--)
+    for (int k = EXACT_GRPO; k >= EXACT_DPO; k--)
         exact_train(w, (enum ExactPolicy)k);
 }
 
@@ -17824,6 +17907,31 @@ static void exact_print_row(const char *name, struct ExactFigures f, double ref,
            f.objective, 100 * (f.objective - ref) / (max - ref));
 }
 
+/* The same as a member of a JSON object. */
+static void exact_print_json(const char *name, struct ExactFigures f) {
+    printf(", \"%s\": {\"kl_to_optimum\": %.9g, \"objective\": %.9g, \"reward\": %.9g, "
+           "\"kl\": %.9g}",
+           name, f.kl_to_optimum, f.objective, f.reward, f.kl);
+}
+
+/* The trained policies, how far GRPO is from its own limit, and the best of n, as JSON. */
+static void exact_print_object(const struct ExactWorld *w, double ref, double max) {
+    struct Arena arena = {0};
+    double *logps = arena_alloc(&arena, w->n, sizeof *logps);
+    printf("{\"beta\": %.9g, \"objective_ref\": %.9g, \"objective_max\": %.9g", w->beta, ref, max);
+    for (int k = EXACT_DPO; k < EXACT_POLICIES; k++)
+        exact_print_json(EXACT[k].name, exact_figures(w, w->logps[k]));
+    exact_print_json("grpo_limit", exact_figures(w, w->logps[EXACT_GRPO_LIMIT]));
+    printf(", \"grpo_kl_to_limit\": %.9g",
+           kl_of_logps(w->logps[EXACT_GRPO], w->logps[EXACT_GRPO_LIMIT], w->n));
+    for (size_t n = 2; n <= 16; n *= 2) {
+        exact_best_of_n(w, n, logps);
+        exact_print_json(arena_printf(&arena, "best_of_%zu", n), exact_figures(w, logps));
+    }
+    puts("}");
+    arena_free(&arena);
+}
+
 /* Prints what the best of n answers reaches, the bound of its KL last. */
 static void exact_print_best(const struct ExactWorld *w, double ref, double max) {
     struct Arena arena = {0};
@@ -17843,29 +17951,20 @@ static void exact_print_best(const struct ExactWorld *w, double ref, double max)
 static void exact_print(const struct ExactWorld *w, bool json) {
     double ref = exact_figures(w, w->logps[EXACT_REFERENCE]).objective;
     double max = w->beta * w->log_Z; /* chapter 5: no policy's objective is higher */
-    if (json)
-        printf("{\"beta\": %.9g, \"objective_ref\": %.9g, \"objective_max\": %.9g", w->beta, ref,
-               max);
-    else
-        printf("%zu responses of %zu tokens; beta %g: Z %.5g, log Z %.4f; J of the reference %.4f, "
-               "at most beta log Z = %.4f\n\n           KL(pi||pi*)     E[r]  KL(pi||ref)        J "
-               " of the way\n",
-               w->n, w->T, w->beta, exp(w->log_Z), w->log_Z, ref, max);
-    /* The table begins with the reference and the optimum; JSON has only the trained policies. */
-    for (int k = json ? EXACT_DPO : 0; k < EXACT_POLICIES; k++) {
-        struct ExactFigures f = exact_figures(w, w->logps[k]);
-        if (json)
-            printf(", \"%s\": {\"kl_to_optimum\": %.9g, \"objective\": %.9g, \"reward\": %.9g, "
-                   "\"kl\": %.9g}",
-                   EXACT[k].name, f.kl_to_optimum, f.objective, f.reward, f.kl);
-        else
-            exact_print_row(EXACT[k].name, f, ref, max);
-    }
     if (json) {
-        puts("}");
+        exact_print_object(w, ref, max);
         return;
     }
+    printf("%zu responses of %zu tokens; beta %g: Z %.5g, log Z %.4f; J of the reference %.4f, "
+           "at most beta log Z = %.4f\n\n           KL(pi||pi*)     E[r]  KL(pi||ref)        J "
+           " of the way\n",
+           w->n, w->T, w->beta, exp(w->log_Z), w->log_Z, ref, max);
+    for (int k = 0; k < EXACT_POLICIES; k++)
+        exact_print_row(EXACT[k].name, exact_figures(w, w->logps[k]), ref, max);
     exact_print_best(w, ref, max);
+    printf("GRPO pays for each token's KL, but not for the KL that it leads to: it heads for the "
+           "line \"grpo limit\", and is %.5f nats from it.\n",
+           kl_of_logps(w->logps[EXACT_GRPO], w->logps[EXACT_GRPO_LIMIT], w->n));
 }
 
 /* From chapter 27: a file that ships with the program, or NULL. */

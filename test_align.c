@@ -5724,6 +5724,31 @@ static void test_exact_best_of_n(void) {
     expect_true("below the bound", exact_figures(&w, logps).kl < best_of_n_kl(3));
 }
 
+/* By hand: answers of two tokens out of two, one of which is rewarded; then answers of one token,
+ * where GRPO's limit is the optimum itself. */
+static void test_exact_grpo_limit(void) {
+    double ref[] = {log(0.25), log(0.25), log(0.25), log(0.25)};
+    double r[] = {0, 2, 0, 0};
+    double optimum[4];
+    double limit[4];
+    struct ExactWorld w = {.V = 2, .T = 2, .n = 4, .r = r, .beta = 1, .logps = {ref, optimum}};
+    struct Arena arena = {0};
+    exact_grpo_limit(&w, &arena, limit);
+    expect_close("first token", exp(limit[0]) + exp(limit[1]), 0.8534, 1e-4);
+    expect_close("second after 0", exp(limit[1]) / (exp(limit[0]) + exp(limit[1])), 0.8808, 1e-4);
+    expect_close("second after 1", exp(limit[2]) / (exp(limit[2]) + exp(limit[3])), 0.5, 1e-12);
+    exact_optimum(ref, r, 4, 1, optimum);
+    expect_close("the optimum's first token", exp(optimum[0]) + exp(optimum[1]), 0.8075, 1e-4);
+
+    double skewed[] = {log(0.1), log(0.2), log(0.3), log(0.4)};
+    w = (struct ExactWorld){.V = 4, .T = 1, .n = 4, .r = r, .beta = 0.7, .logps = {skewed}};
+    exact_grpo_limit(&w, &arena, limit);
+    exact_optimum(skewed, r, 4, 0.7, optimum);
+    for (int i = 0; i < 4; i++)
+        expect_close("one token: the optimum", limit[i], optimum[i], 1e-12);
+    arena_free(&arena);
+}
+
 /* By hand; two prompts of four answers each. */
 static void test_best_of_n(void) {
     float reward[] = {1, 3, 2, 0, 5, 5, -1, 4};
@@ -5824,6 +5849,10 @@ static void test_exact_run(void) {
             / (json_get(json, "objective_max")->number - json_get(json, "objective_ref")->number);
         expect_true(methods[k], json_get(m, "kl_to_optimum") && share > 0.98 && share < 1 + 1e-6);
     }
+    double to_limit = json_get(json, "grpo_kl_to_limit")->number;
+    expect_close("GRPO: near its limit", to_limit, 0, 0.01);
+    double best_of_2 = json_get(json_get(json, "best_of_2"), "kl")->number;
+    expect_true("best of 2: its KL", best_of_2 > 0.05 && best_of_2 < best_of_n_kl(2));
 }
 
 /* =============================================================================================
@@ -9824,6 +9853,7 @@ static const struct {
     {"collect_identical", test_collect_identical},
     {"exact_figures", test_exact_figures},
     {"exact_best_of_n", test_exact_best_of_n},
+    {"exact_grpo_limit", test_exact_grpo_limit},
     {"exact_dpo_loss", test_exact_dpo_loss},
     {"exact_dpo_loss_slopes", test_exact_dpo_loss_slopes},
     {"exact_dpo_gradient", test_exact_dpo_gradient},
