@@ -5799,6 +5799,361 @@ static void test_ppo_trace(void) {
     rollout_trainer_free(ppo);
 }
 
+/* Four rollouts of 3, 5, 7 and 9 tokens, two to each prompt; a policy and a slightly different
+ * reference. */
+static struct RolloutTrainer *grpo_of(struct GRPOConfig config, struct TrainingArguments args,
+                                      struct Rollout *rollouts) {
+    static const float scores[] = {1, -0.5f, 2, 0.25f};
+    struct GPT2 *model = random_model(37, 14, 8, 2, 2);
+    struct GPT2 *ref_model = owned(gpt2_copy(model));
+    for (size_t i = 0; i < ref_model->tensor_count; i++)
+        for (size_t k = 0; k < ref_model->tensors[i]->n; k++)
+            ref_model->tensors[i]->w[k] *= 0.9f;
+    for (size_t i = 0; i < 4; i++) {
+        size_t query = 2 + i / 2 * 2;
+        size_t response = 3 + 2 * i;
+        rollouts[i] =
+            (struct Rollout){random_example(query + response, query, 37), response, scores[i]};
+    }
+    struct RolloutTrainer *trainer = grpo_trainer_new(model, ref_model, config, args, 0.7);
+    trainer->total_steps = 100;
+    return trainer;
+}
+
+/* A constant learning rate, and one micro-batch of four answers. */
+static struct TrainingArguments grpo_arguments(double learning_rate) {
+    struct TrainingArguments args = training_arguments();
+    args.learning_rate = learning_rate;
+    args.lr_scheduler_type = SCHEDULER_CONSTANT;
+    args.per_device_train_batch_size = 4;
+    args.gradient_accumulation_steps = 1;
+    return args;
+}
+
+static double grpo_stat(const struct RolloutTrainer *trainer, const char *name) {
+    double value = NAN;
+    log_find(&trainer->stats, name, &value);
+    return value;
+}
+
+struct GRPOModelCase {
+    struct RolloutTrainer *trainer;
+    struct Rollout *rollouts;
+};
+
+static double grpo_model_loss(void *context) {
+    struct GRPOModelCase *c = context;
+    return grpo_micro_batch(c->trainer, c->rollouts, 1, 3, 2);
+}
+
+/* Central differences of a micro-batch's loss by the policy's weights, three of four rollouts, at
+ * the second update, when ratios are not 1. */
+static void test_grpo_gradient_model(void) {
+    static const struct GRPOVariant variants[] = {
+        {GRPO_LOSS_DAPO, IMPORTANCE_SAMPLING_TOKEN, 0.5, false},
+        {GRPO_LOSS_GRPO, IMPORTANCE_SAMPLING_SEQUENCE, 0.5, true},
+    };
+    for (size_t v = 0; v < COUNT(variants); v++) {
+        struct Rollout rollouts[4];
+        struct GRPOConfig config = grpo_config(variants[v]);
+        config.num_iterations = 2;
+        config.epsilon = config.epsilon_high = 0.4;
+        struct RolloutTrainer *trainer = grpo_of(config, grpo_arguments(0), rollouts);
+        grpo_step(trainer, rollouts);
+        for (size_t t = 0; t < trainer->grpo_batch.R; t++)
+            trainer->grpo_batch.logprobs[t] += (float)(0.3 * sin(2.1 * (double)t));
+        gpt2_zero_grad(trainer->model);
+        struct GRPOModelCase c = {trainer, rollouts};
+        grpo_model_loss(&c);
+        float *d[32]; /* a copy: every pass adds to the gradients */
+        for (size_t i = 0; i < trainer->model->tensor_count; i++) {
+            struct Tensor *t = trainer->model->tensors[i];
+            d[i] = narrow(widen(t->d, t->n), t->n);
+        }
+        for (size_t i = 0; i < trainer->model->tensor_count; i++) {
+            struct Tensor *t = trainer->model->tensors[i];
+            expect_gradient(t->name, (struct Slope){grpo_model_loss, &c, 0.003}, t->w, d[i], t->n,
+                            6, 4e-3);
+        }
+        rollout_trainer_free(trainer);
+    }
+}
+
+/* By hand: beside a prompt of 7 tokens, one of 3 begins at position 4; but no answer goes beyond
+ * the context. */
+static void test_grpo_positions(void) {
+    struct Rollout rollouts[] = {
+        {random_example(5, 3, 37), 2, 0},
+        {random_example(9, 7, 37), 2, 0},
+    };
+    static const int left[] = {4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7};
+    static const int short_of_room[] = {3, 4, 5, 6, 0, 1, 2, 3, 4, 5, 6, 7};
+    const struct Example examples[] = {rollouts[0].example, rollouts[1].example};
+    struct Batch batch = batch_of(examples, 2, SKIP_LAST);
+    grpo_pad_left(&batch, rollouts, 7, 9);
+    expect_ids("beside a longer prompt", batch.position, batch.N, left, 12);
+    rollouts[0].example.n = 6;
+    batch = batch_of(examples, 2, SKIP_LAST);
+    grpo_pad_left(&batch, rollouts, 7, 9);
+    expect_ids("short of room", batch.position, batch.N, short_of_room, 12);
+}
+
+/* With padding_side right, answers are read where they were written; where all prompts have the
+ * same length, left says the same. */
+static void test_grpo_positions_right(void) {
+    for (int unequal = 0; unequal < 2; unequal++) {
+        double loss[2];
+        for (int side = 0; side < 2; side++) {
+            struct Rollout rollouts[4];
+            struct GRPOConfig config = grpo_config((struct GRPOVariant){.beta = 1});
+            config.padding_side = side ? PADDING_RIGHT : PADDING_LEFT;
+            test_rng = rng_seed(7, STREAM_SAMPLE);
+            struct RolloutTrainer *trainer = grpo_of(config, grpo_arguments(0), rollouts);
+            for (size_t i = 0; i < 4; i++)
+                rollouts[i].example.prompt_length = unequal ? 2 + i / 2 * 2 : 2;
+            for (size_t i = 0; i < 4; i++)
+                rollouts[i].response_length =
+                    rollouts[i].example.n - rollouts[i].example.prompt_length;
+            grpo_step(trainer, rollouts);
+            loss[side] = grpo_stat(trainer, "entropy");
+            rollout_trainer_free(trainer);
+        }
+        expect_true(unequal ? "unequal prompts" : "equal prompts", (loss[0] != loss[1]) == unequal);
+    }
+}
+
+/* By hand: groups (1, 1) and (0, 4), the second answer of which has no end; then TRL's own figures
+ * of the clip and the KL, from two micro-batches alike. */
+static void test_grpo_logs(void) {
+    struct GPT2Config policy = {.vocab_size = 9, .eos_token_id = 7};
+    struct GPT2 model = {.config = policy};
+    struct RolloutTrainer trainer = {.model = &model, .num_generations = 2};
+    grpo_log_scores(&trainer, (float[]){1, 1, 0, 4}, 4);
+    expect_close("reward", grpo_stat(&trainer, "reward"), 1.5, 0);
+    expect_close("reward_std", grpo_stat(&trainer, "reward_std"), sqrt(3), 1e-7);
+    expect_close("half teach nothing", grpo_stat(&trainer, "frac_reward_zero_std"), 0.5, 0);
+    trainer.grpo.scale_rewards = SCALE_REWARDS_BATCH;
+    grpo_log_scores(&trainer, (float[]){1, 1, 0, 4}, 4);
+    expect_close("in a batch all teach", grpo_stat(&trainer, "frac_reward_zero_std"), 0, 0);
+    grpo_log_scores(&trainer, (float[]){1, NAN, 0, 4}, 4);
+    expect_close("without the one that has none", grpo_stat(&trainer, "reward"), 5.0 / 3, 1e-7);
+
+    int ids[] = {1, 5, 5, 5, 5, 7};
+    struct Rollout rollouts[] = {
+        {{ids, 6, 1}, 5, 0},
+        {{ids, 5, 1}, 4, 0},
+        {{ids + 3, 3, 1}, 2, 0},
+    };
+    grpo_log_lengths(&trainer, rollouts, 3);
+    static const struct {
+        const char *name;
+        double want;
+    } lengths[] = {
+        {"completions/mean_length", 11.0 / 3},
+        {"completions/min_length", 2},
+        {"completions/max_length", 5},
+        {"completions/mean_terminated_length", 3.5},
+        {"completions/min_terminated_length", 2},
+        {"completions/max_terminated_length", 5},
+        {"completions/clipped_ratio", 1.0 / 3},
+    };
+    for (size_t i = 0; i < COUNT(lengths); i++)
+        expect_close(lengths[i].name, grpo_stat(&trainer, lengths[i].name), lengths[i].want, 1e-6);
+    grpo_log_lengths(&trainer, rollouts + 1, 1);
+    expect_close("none ended", grpo_stat(&trainer, "completions/max_terminated_length"), 0, 0);
+    arena_free(&trainer.arena);
+}
+
+/* The KL and what was clipped, of golden.py's batch, against TRL; two micro-batches alike. */
+static void test_grpo_logs_golden(void) {
+    static const char *const names[] = {"kl",
+                                        "clip_ratio/low_mean",
+                                        "clip_ratio/high_mean",
+                                        "clip_ratio/region_mean",
+                                        "clip_ratio/low_min",
+                                        "clip_ratio/high_max"};
+    static const struct {
+        enum ImportanceSamplingLevel level;
+        bool corrected;
+        double want[6];
+    } golden[] = {
+        {IMPORTANCE_SAMPLING_TOKEN, false, {0.0636227554, 0.1, 0.3, 0.4, 0, 0.5}},
+        {IMPORTANCE_SAMPLING_TOKEN, true, {0.0784517916, 0.1, 0.3, 0.4, 0, 0.5}},
+        {IMPORTANCE_SAMPLING_SEQUENCE, false, {0.0636227554, 0, 0.25, 0.25, 0, 1}},
+        {IMPORTANCE_SAMPLING_SEQUENCE, true, {0.0665042975, 0, 0.25, 0.25, 0, 1}},
+    };
+    for (size_t i = 0; i < COUNT(golden); i++) {
+        struct GRPOVariant variant = {GRPO_LOSS_GRPO, golden[i].level, 0.04, golden[i].corrected};
+        struct GRPOCase *c = grpo_case(grpo_config(variant));
+        struct RolloutTrainer trainer = {.grpo = c->config};
+        grpo_case_loss(c);
+        for (int part = 0; part < 2; part++)
+            grpo_metrics(&trainer, c->answers, 4, 25, 2);
+        for (size_t k = 0; k < COUNT(names); k++)
+            expect_close(names[k], grpo_stat(&trainer, names[k]), golden[i].want[k], 1e-8);
+        expect_close("25 nats over 10 tokens", grpo_stat(&trainer, "entropy"), 2.5, 1e-12);
+    }
+}
+
+/* A log entry: means over the steps that have a number, the last step's gradient norm. */
+static void test_grpo_logs_window(void) {
+    static const double reward[] = {2, NAN, 4};
+    struct RolloutTrainer trainer = {.name = "grpo"};
+    struct TrainerState state = {.num_tokens = 99};
+    struct LogEntry entry = {0};
+    for (int step = 0; step < 3; step++) {
+        trainer.stats.n = 0;
+        log_value(&trainer.stats, "reward", reward[step]);
+        log_value(&trainer.stats, "reward_std", NAN);
+        log_value(&trainer.stats, "kl", step);
+        log_value(&trainer.stats, "grad_norm", 1 + step);
+        if (step == 1)
+            log_value(&trainer.stats, "completions/mean_length", 7);
+        entry.n = 0;
+        grpo_log_entry(&trainer, &state, &entry);
+    }
+    static const struct {
+        const char *name;
+        double want;
+    } means[] = {
+        {"reward", 3},      {"kl", 1}, {"grad_norm", 3}, {"completions/mean_length", 7},
+        {"num_tokens", 99},
+    };
+    double value;
+    for (size_t i = 0; i < COUNT(means); i++) {
+        expect_true(means[i].name, log_find(&entry, means[i].name, &value));
+        expect_close(means[i].name, value, means[i].want, 0);
+    }
+    expect_true("never a number", log_find(&entry, "reward_std", &value) && isnan(value));
+}
+
+/* A step that moves nothing: its loss, KL and entropy by way of the models; then two updates on the
+ * same answers, which are compared with what the policy said before the first. */
+static void test_grpo_step(void) {
+    struct Rollout rollouts[4];
+    struct GRPOConfig config =
+        grpo_config((struct GRPOVariant){.loss_type = GRPO_LOSS_DAPO, .beta = 0.3});
+    config.padding_side = PADDING_RIGHT;
+    config.num_iterations = 2;
+    struct RolloutTrainer *trainer = grpo_of(config, grpo_arguments(0), rollouts);
+    size_t n;
+    float *before = all_weights(trainer->model, &n);
+    grpo_step(trainer, rollouts);
+    expect_bits("weights at learning rate 0", all_weights(trainer->model, &n), before, n);
+
+    /* by hand: 24 tokens; (1 + 0.5) / 2 = 0.75 above the mean of a group whose deviation is
+     * 1.5 / sqrt(2); the longer answer is the worse one */
+    double A[2] = {0.75 / (1.5 / sqrt(2) + 1e-4), 0.875 / (1.75 / sqrt(2) + 1e-4)};
+    double loss = -(A[0] * (3 - 5) + A[1] * (7 - 9)) / 24;
+    double kl = 0;
+    for (size_t i = 0; i < 4; i++) {
+        struct Batch batch = batch_of(&rollouts[i].example, 1, SKIP_LAST);
+        struct LMHead head = batch_logprobs(trainer->model, &test_arena, &batch, 0.7, false);
+        struct LMHead ref_head =
+            batch_logprobs(trainer->ref_model, &test_arena, &batch, 0.7, false);
+        for (size_t t = 0; t < batch.R; t++) {
+            double d = (double)ref_head.logprob[t] - head.logprob[t];
+            kl += (exp(d) - 1 - d) / 24;
+        }
+    }
+    expect_close("kl", grpo_stat(trainer, "kl"), kl, 1e-6);
+    expect_close("loss", grpo_stat(trainer, "loss"), loss + 0.3 * kl, 1e-6);
+    expect_close("nothing clipped", grpo_stat(trainer, "clip_ratio/region_mean"), 0, 0);
+    expect_true("a gradient nevertheless", grpo_stat(trainer, "grad_norm") > 0.01);
+
+    float *old = narrow(widen(trainer->grpo_batch.logprobs, 24), 24);
+    trainer->args.learning_rate = 0.03;
+    grpo_step(trainer, rollouts);
+    expect_bits("the same answers", trainer->grpo_batch.logprobs, old, 24);
+    expect_true("their scores are logged once", isnan(grpo_stat(trainer, "reward")));
+    grpo_step(trainer, rollouts);
+    expect_true("new ones", fabsf(trainer->grpo_batch.logprobs[0] - old[0]) > 1e-4f);
+    expect_close("compared with themselves", grpo_stat(trainer, "clip_ratio/region_mean"), 0, 0);
+    grpo_step(trainer, rollouts);
+    expect_true("and with those before", grpo_stat(trainer, "clip_ratio/region_mean") > 0);
+    rollout_trainer_free(trainer);
+}
+
+/* Two micro-batches of unequal length: with dapo the same step as one batch, with bnpo another. */
+static void test_grpo_step_accumulate(void) {
+    static const struct {
+        enum GRPOLossType loss_type;
+        bool same;
+    } cases[] = {{GRPO_LOSS_DAPO, true}, {GRPO_LOSS_BNPO, false}, {GRPO_LOSS_DR_GRPO, true}};
+    for (size_t c = 0; c < COUNT(cases); c++) {
+        double loss[2], grad_norm[2], weight[2];
+        for (size_t parts = 1; parts <= 2; parts++) {
+            struct Rollout rollouts[4];
+            struct TrainingArguments args = grpo_arguments(0.05);
+            args.optim = OPTIM_SGD;
+            args.per_device_train_batch_size = 4 / parts;
+            args.gradient_accumulation_steps = parts;
+            test_rng = rng_seed(9, STREAM_SAMPLE);
+            struct RolloutTrainer *trainer =
+                grpo_of(grpo_config(
+                            (struct GRPOVariant){.loss_type = cases[c].loss_type, .beta = 0.1}),
+                        args, rollouts);
+            grpo_step(trainer, rollouts);
+            loss[parts - 1] = grpo_stat(trainer, "loss");
+            grad_norm[parts - 1] = grpo_stat(trainer, "grad_norm");
+            weight[parts - 1] = trainer->model->ln_f.bias.w[2];
+            rollout_trainer_free(trainer);
+        }
+        bool is_same = fabs(loss[1] - loss[0]) < 1e-6 && fabs(weight[1] - weight[0]) < 1e-6
+                       && fabs(grad_norm[1] / grad_norm[0] - 1) < 1e-5;
+        expect_true(formatted("case %zu", c), is_same == cases[c].same);
+    }
+}
+
+/* Two updates on the same answers, in two micro-batches each, on one, two and three threads: the
+ * same weights, bit for bit. */
+static void test_grpo_threads(void) {
+    struct RolloutTrainer *trainer[4] = {NULL};
+    struct GRPOConfig config = grpo_config((struct GRPOVariant){.beta = 0.1});
+    config.num_iterations = 2;
+    struct TrainingArguments args = grpo_arguments(0.01);
+    args.gradient_accumulation_steps = 2;
+    struct Rollout rollouts[8];
+    for (size_t i = 0; i < 8; i++)
+        rollouts[i] = (struct Rollout){random_example(60, 20, 600), 40, (float)(i % 3)};
+    for (int threads = 1; threads <= 3; threads++) {
+        struct GPT2 *model = new_model(600, 60, 64, 1, 4);
+        use_threads(threads);
+        trainer[threads] = grpo_trainer_new(model, owned(gpt2_copy(model)), config, args, 1);
+        trainer[threads]->total_steps = 9;
+        grpo_step(trainer[threads], rollouts);
+        grpo_step(trainer[threads], rollouts);
+        expect_same_weights("weights", trainer[threads]->model, trainer[1]->model);
+    }
+    use_threads(1);
+    for (int threads = 1; threads <= 3; threads++)
+        rollout_trainer_free(trainer[threads]);
+}
+
+/* A reward that the test makes up, the share of one token in the answer: GRPO raises it. */
+static void test_grpo_raises_reward(void) {
+    enum { STEPS = 30 };
+    struct GPT2 *model = new_model(40, 16, 32, 1, 2);
+    struct GRPOConfig config = grpo_config((struct GRPOVariant){.loss_type = GRPO_LOSS_DAPO});
+    config.num_generations = 4;
+    config.epsilon = config.epsilon_high = 0.2;
+    config.max_completion_length = 6;
+    struct TrainingArguments args = grpo_arguments(1e-2);
+    args.per_device_train_batch_size = SHARE_B;
+    struct RolloutTrainer *trainer = grpo_trainer_new(model, NULL, config, args, 1);
+    trainer->total_steps = STEPS;
+    double first = 0;
+    double last = 0;
+    for (size_t step = 0; step < STEPS; step++) {
+        struct Rollout rollouts[SHARE_B];
+        *(step == 0 ? &first : &last) = share_rollouts(model, step, 4, rollouts);
+        grpo_step(trainer, rollouts);
+    }
+    expect_close("share of the token at first", first, 1.0 / 40, 0.05);
+    expect_close("and at last", last, 1, 0.4);
+    rollout_trainer_free(trainer);
+}
+
 /* =============================================================================================
  * Chapter 18 - DPO, collected preferences
  *
@@ -9005,6 +9360,12 @@ static void test_cli_errors(void) {
         {2, "for each of --loss_type's names", "dpo --loss_weights nan" NEEDED},
         {2, "--beta 0: a number above 0 was expected", "dpo --beta 0"},
         {2, "--beta -1: a number, 0 or more, was expected", "reinforce --beta -1"},
+        {1, "--num_generations 1: an answer is compared",
+         "grpo --reward_model_path x --num_generations 1" NEEDED},
+        {1, "a multiple of --num_generations 8 was expected",
+         "grpo --reward_model_path x --per_device_train_batch_size 12" NEEDED},
+        {1, "a multiple of --num_iterations 3 was expected",
+         "grpo --reward_model_path x --num_iterations 3 --save_steps 4" NEEDED},
         {1, "--label_smoothing 0.5", "dpo --label_smoothing 0.5" NEEDED},
         {2, "--temperature 0: a number, 1e-6 or more, was expected", "generate --temperature 0"},
         {2, "--temperature 1e-30: a number, 1e-6 or more,", "ppo --temperature 1e-30"},
@@ -9471,6 +9832,72 @@ static void test_cli_reinforce(void) {
                 json_count(entries) == 2 && json_get(entries->child, "gradient_variance/rloo")
                     && json_get(entries->child, "gradient_variance/none"));
     expect_true("an adapter", is_adapter(temporary("c_re")));
+}
+
+/* A run of GRPO with two updates on the same answers, and what it leaves. */
+static const char GRPO_RUN[] = "grpo --model_name_or_path @c_lm --per_device_train_batch_size 3 "
+                               "--gradient_accumulation_steps 2 --num_generations 3 "
+                               "--num_iterations 2 --beta 0.04 --learning_rate 0.01 "
+                               "--max_completion_length 8 --logging_steps 3 --max_steps 6";
+
+static void expect_same_file(const char *name, const char *in, const char *want_in) {
+    struct Text got = contents(formatted("%s/%s", in, name));
+    struct Text want = contents(formatted("%s/%s", want_in, name));
+    expect_true(name, text_equal(got, want) && got.length > 0);
+}
+
+/* A live run, and its rollouts replayed: the same statistics and weights, bit for bit. */
+static void test_cli_grpo(void) {
+    make_collectors(SHORT_TRAINING);
+    command_output(formatted("%s --reward_model_path @c_rm --dataset_name @p.jsonl "
+                             "--output_dir @g_live",
+                             GRPO_RUN));
+    command_output(
+        formatted("%s --rollouts @g_live/rollouts.jsonl --output_dir @g_again", GRPO_RUN));
+    expect_same_file("model.safetensors", "g_again", "g_live");
+    expect_same_file("stats_all.jsonl", "g_again", "g_live");
+    expect_same_file("rollouts.jsonl", "g_again", "g_live");
+    struct Json *entries = log_history("g_live");
+    expect_count("entries: steps 3 and 6", json_count(entries), 2);
+    struct Text stats = contents("g_live/stats_all.jsonl");
+    double kl = 0;
+    for (int step = 1; step <= 6; step++)
+        kl += json_get(next_line(&stats), "kl")->number * (step > 3) / 3;
+    struct Json *last = entries->child->next;
+    expect_close("the mean of three steps", json_get(last, "kl")->number, kl, 1e-7);
+    expect_close("3 of 2 passes: two prompts a batch of four", json_get(last, "epoch")->number, 1.5,
+                 1e-9);
+    entries = log_history("g_again");
+    expect_close("one pass over the stored", json_get(entries->child->next, "epoch")->number, 1,
+                 1e-9);
+    struct Text rows = contents("g_live/rollouts.jsonl");
+    size_t answers = 0;
+    while (next_line(&rows))
+        answers++;
+    expect_count("three batches of six answers", answers, 18);
+}
+
+/* Stopped and resumed in the middle, a run leaves what one that never stopped leaves; its log
+ * entries are at steps 3 and 6, its checkpoints at 2 and 4. */
+static void test_cli_grpo_resume(void) {
+    static const char *const names[] = {"model.safetensors", "stats_all.jsonl", "rollouts.jsonl"};
+    make_collectors(SHORT_TRAINING);
+    const char *run = formatted("%s --reward_model_path @c_rm --dataset_name @p.jsonl "
+                                "--save_steps 2 --output_dir",
+                                GRPO_RUN);
+    command_output(formatted("%s @g_whole", run));
+    command_output(formatted("%s @g_rest", run));
+    for (int from = 2; from <= 4; from += 2) {
+        command_output(
+            formatted("%s @g_rest --resume_from_checkpoint @g_rest/checkpoint-%d", run, from));
+        for (size_t i = 0; i < COUNT(names); i++)
+            expect_same_file(names[i], "g_rest", "g_whole");
+        struct Json *got = log_history("g_rest")->child;
+        struct Json *want = log_history("g_whole")->child;
+        for (; want && got; want = want->next, got = got->next)
+            expect_close("kl", json_get(got, "kl")->number, json_get(want, "kl")->number, 0);
+        expect_true("as many entries", !got && !want);
+    }
 }
 
 /* eval of a language model, of a reward model, and of a policy beside its reference. */
@@ -10155,6 +10582,16 @@ static const struct {
     {"ppo_step", test_ppo_step},
     {"ppo_trace_shows", test_ppo_trace_shows},
     {"ppo_trace", test_ppo_trace},
+    {"grpo_gradient_model", test_grpo_gradient_model},
+    {"grpo_positions", test_grpo_positions},
+    {"grpo_positions_right", test_grpo_positions_right},
+    {"grpo_logs", test_grpo_logs},
+    {"grpo_logs_golden", test_grpo_logs_golden},
+    {"grpo_logs_window", test_grpo_logs_window},
+    {"grpo_step", test_grpo_step},
+    {"grpo_step_accumulate", test_grpo_step_accumulate},
+    {"grpo_threads", test_grpo_threads},
+    {"grpo_raises_reward", test_grpo_raises_reward},
     {"scorer_prefixes", test_scorer_prefixes},
     {"ppo_guards", test_ppo_guards},
     {"ppo_guards_ratio", test_ppo_guards_ratio},
@@ -10258,6 +10695,8 @@ static const struct {
     {"cli_collect", test_cli_collect},
     {"cli_collect_keys", test_cli_collect_keys},
     {"cli_reinforce", test_cli_reinforce},
+    {"cli_grpo", test_cli_grpo},
+    {"cli_grpo_resume", test_cli_grpo_resume},
     {"cli_eval", test_cli_eval},
     {"collect_resume", test_collect_resume},
     {"cli_lora", test_cli_lora},
