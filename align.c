@@ -9973,14 +9973,14 @@ static void rollout_report(struct RolloutTrainer *trainer, struct TrainerState *
     state->metrics.n = 0;
 }
 
-/* Where the training is: an epoch is a pass over the n prompts, or over the n stored rollouts. */
+/* Where the training is: an epoch is a pass over the n prompts. */
 static void rollout_count(const struct RolloutTrainer *trainer, struct TrainerState *state,
-                          const struct Rollout *rollouts, size_t n) {
+                          const struct Rollout *rollouts, double n) {
     size_t B = trainer->batch_size;
     state->global_step = trainer->step;
     /* batch_size answers belong to batch_size / num_generations prompts, for num_iterations steps */
     double batches = (double)trainer->step / (double)trainer->num_iterations;
-    state->epoch = batches * (double)(B / trainer->num_generations) / (double)n;
+    state->epoch = batches * (double)(B / trainer->num_generations) / n;
     if ((trainer->step - 1) % trainer->num_iterations != 0)
         return;
     for (size_t b = 0; b < B; b++)
@@ -10037,8 +10037,9 @@ static void rollout_train(struct RolloutTrainer *trainer, struct RolloutSource *
                           size_t steps, const char *log_dir, struct TrainerState *state) {
     struct Arena arena = {0};
     struct Output logs[LOG_FILES];
-    /* epochs are counted in prompts, or in stored rollouts */
-    size_t n = source->replay ? source->replay->n : source->n;
+    /* an epoch is a pass over the prompts; stored rollouts have num_generations answers to each */
+    double n = source->replay ? (double)source->replay->n / (double)trainer->num_generations
+                              : (double)source->n;
     state->max_steps = steps;
     trainer->total_steps = steps;
 

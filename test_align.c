@@ -947,6 +947,7 @@ struct LossCase {
     double old,
         target; /* PPO, for all tokens: the old log-probability or value; advantage, return */
     float advantages[2]; /* REINFORCE */
+    struct GRPOConfig grpo; /* GRPO: x are a token's log ratio and its log-probability, in turn */
     struct DPOConfig config; /* DPO: x are the chosen answers, then the rejected ones */
     double ref[6];
     size_t lengths[6];
@@ -991,6 +992,20 @@ static double ppo_value_case(const struct LossCase *c, const double *x, double *
     return sum;
 }
 
+/* The sum over a row's tokens; c->target is their advantage, c->ref[0] the reference's
+ * log-probability of each. */
+static double grpo_token_case(const struct LossCase *c, const double *x, double *dx) {
+    double sum = 0;
+    for (size_t i = 0; i < c->n; i += 2) {
+        struct GRPOTokenLoss token =
+            grpo_token_loss(&c->grpo, x[i], c->target, x[i + 1], c->ref[0]);
+        dx[i] = token.dlog_ratio;
+        dx[i + 1] = token.dlogprob;
+        sum += token.loss;
+    }
+    return sum;
+}
+
 static double dpo_case(const struct LossCase *c, const double *x, double *dx) {
     struct DPOSide side[6];
     for (size_t i = 0; i < c->n; i++)
@@ -1011,6 +1026,18 @@ static double dpo_case(const struct LossCase *c, const double *x, double *dx) {
     INPUTS(-0.5, -0.43, -0.36, -0.29, -0.22, -0.15, -0.08, -0.01, 0.06, 0.13, 0.2, 0.27, 0.34, \
            0.41, 0.48),                                                                        \
         .differences_alone = true
+#define GRPO(by_beta, corrected)   \
+    .grpo = {.epsilon = 0.2,       \
+             .epsilon_high = 0.28, \
+             .beta = by_beta,      \
+             .use_bias_correction_kl = corrected}
+#define LOG_1_25 0.22314355131420976
+#define LOG_1_5 0.40546510810816438
+#define LOG_HALF -0.69314718055994531
+#define GRPO_RATIOS                                                                              \
+    INPUTS(-0.5, -2, -0.35, -1.5, -0.25, -1, -0.2, -0.5, -0.05, -3, 0.05, -0.8, 0.2, -1.2, 0.27, \
+           -0.2, 0.45, -4),                                                                      \
+        .ref = {-1.1}, .differences_alone = true
 #define BETA(by_beta, ...) .config = {.beta = by_beta, .weight = {__VA_ARGS__}}
 #define SMOOTHED .config.label_smoothing = 0.1
 /* rewards are floats, and so are their slopes */
@@ -1071,6 +1098,29 @@ static const struct LossCase LOSS_CASES[] = {
          INPUTS(-0.95, -0.84, -0.73, -0.62, -0.51, -0.4, -0.29, -0.18, -0.07, 0.04, 0.15, 0.26,
                 0.37, 0.48, 0.59, 0.7, 0.81, 0.92),
          .differences_alone = true, .old = 0.1, .target = 0.35),
+
+    CASE("grpo_token_loss", "ratio 1.25, A = 2: not clipped", "by hand", grpo_token_case,
+         INPUTS(LOG_1_25, -1), .target = 2, GRPO(0, false), GIVES(-2.5, -2.5, 0)),
+    CASE("grpo_token_loss", "ratio 1.5, A = 2: clipped at 1.28", "by hand", grpo_token_case,
+         INPUTS(LOG_1_5, -1), .target = 2, GRPO(0, false), GIVES(-2.56, 0, 0)),
+    CASE("grpo_token_loss", "ratio 1.5, A = -2: still pushed down", "by hand", grpo_token_case,
+         INPUTS(LOG_1_5, -1), .target = -2, GRPO(0, false), GIVES(3, 3, 0)),
+    CASE("grpo_token_loss", "ratio 0.5, A = -2: clipped at 0.8", "by hand", grpo_token_case,
+         INPUTS(LOG_HALF, -1), .target = -2, GRPO(0, false), GIVES(1.6, 0, 0)),
+    CASE("grpo_token_loss", "with the KL", "by hand", grpo_token_case, INPUTS(LOG_1_5, -1),
+         .target = 2, .ref = {-1.5}, GRPO(0.1, false), GIVES(-2.5493, 0, 0.0393),
+         .tolerance = 5e-5),
+    CASE("grpo_token_loss", "with the KL times the ratio", "by hand", grpo_token_case,
+         INPUTS(LOG_1_5, -1), .target = 2, .ref = {-1.5}, GRPO(0.1, true),
+         GIVES(-2.5440, 0.0160, 0.0590), .tolerance = 5e-5),
+    CASE("grpo_token_loss", "ratios 0.6 to 1.6, A = 1", "central differences", grpo_token_case,
+         GRPO_RATIOS, .target = 1, GRPO(0.1, false)),
+    CASE("grpo_token_loss", "ratios 0.6 to 1.6, A = 1, corrected", "central differences",
+         grpo_token_case, GRPO_RATIOS, .target = 1, GRPO(0.1, true)),
+    CASE("grpo_token_loss", "ratios 0.6 to 1.6, A = -1", "central differences", grpo_token_case,
+         GRPO_RATIOS, .target = -1, GRPO(0.1, false)),
+    CASE("grpo_token_loss", "ratios 0.6 to 1.6, A = -1, corrected", "central differences",
+         grpo_token_case, GRPO_RATIOS, .target = -1, GRPO(0.1, true)),
 
     CASE("dpo_hand", "chapter 5's pair", "by hand", dpo_case, CHAPTER_5,
          BETA(0.1, [DPO_SIGMOID] = 1), GIVES(0.5544, -0.0426, 0.0426), .tolerance = 5e-5),
@@ -1476,6 +1526,297 @@ static void test_ppo_loss_gradient(void) {
     struct Slope f = {ppo_case_loss, &c, 1e-3};
     expect_gradient("log-probability", f, logprobs, dlogprobs, 13, 13, 1e-4);
     expect_gradient("value", f, values, dvalues, 13, 13, 1e-4);
+}
+
+/* By hand: three answers to one prompt; undivided, their advantages are 2/3 of rloo's. */
+static void test_grpo_advantages(void) {
+    struct GRPOConfig config = {.num_generations = 3};
+    float scores[] = {1, 2, 6};
+    float advantages[3], rloo[3];
+    grpo_advantages(&config, scores, 3, advantages);
+    expect_floats("divided", advantages, (double[]){-0.7559, -0.3780, 1.1339}, 3, 5e-5);
+    config.scale_rewards = SCALE_REWARDS_NONE;
+    grpo_advantages(&config, scores, 3, advantages);
+    expect_floats("undivided", advantages, (double[]){-2, -1, 3}, 3, 0);
+    reinforce_advantages(BASELINE_RLOO, scores, 3, 3, 0, rloo);
+    for (size_t i = 0; i < 3; i++)
+        expect_close("2/3 of rloo's", advantages[i], 2 * rloo[i] / 3, 1e-6);
+}
+
+/* A group without a score, one with a single score, one without a difference: all advantages 0. */
+static void test_grpo_advantages_nothing(void) {
+    struct GRPOConfig config = {.num_generations = 3};
+    float scores[] = {NAN, NAN, NAN, NAN, 2, NAN, 0.5f, 0.5f, 0.5f};
+    float advantages[9];
+    for (int scale = SCALE_REWARDS_GROUP; scale <= SCALE_REWARDS_NONE; scale++) {
+        config.scale_rewards = (enum ScaleRewards)scale;
+        grpo_advantages(&config, scores, 9, advantages);
+        expect_floats("nothing to learn", advantages, (double[9]){0}, 9, 0);
+    }
+    expect_true("no mean of no score", isnan(score_moments(scores, 3).mean));
+    expect_true("no deviation of one", isnan(score_moments(scores + 3, 3).std));
+    expect_close("the mean of one", score_moments(scores + 3, 3).mean, 2, 0);
+}
+
+/* Two groups of four, the sixth answer without a score, against TRL: the deviation of the group, of
+ * the batch, and none. */
+static void test_grpo_advantages_golden(void) {
+    static const float scores[] = {1, 2, 6, 2, 0.5f, NAN, 0.5f, -1};
+    static const double golden[][8] = {
+        [SCALE_REWARDS_GROUP] = {-0.789192726, -0.338225454, 1.46564363, -0.338225454, 0.57728361,
+                                 0, 0.57728361, -1.15456722},
+        [SCALE_REWARDS_BATCH] = {-0.79304232, -0.33987528, 1.47279288, -0.33987528, 0.22658352, 0,
+                                 0.22658352, -0.45316704},
+        [SCALE_REWARDS_NONE] = {-1.75, -0.75, 3.25, -0.75, 0.5, 0, 0.5, -1},
+    };
+    float advantages[8];
+    for (size_t scale = 0; scale < COUNT(golden); scale++) {
+        struct GRPOConfig config = {
+            .num_generations = 4,
+            .scale_rewards = (enum ScaleRewards)scale,
+        };
+        grpo_advantages(&config, scores, 8, advantages);
+        expect_floats("advantages", advantages, golden[scale], 8, 1e-7);
+    }
+}
+
+/* Beside losses and slopes, which the table has: on which side the ratio has left the range. */
+static void test_grpo_token_loss_clipped(void) {
+    struct GRPOConfig config = {.epsilon = 0.2, .epsilon_high = 0.28};
+    struct GRPOTokenLoss high = grpo_token_loss(&config, log(1.5), 2, -1, 0);
+    struct GRPOTokenLoss low = grpo_token_loss(&config, log(0.5), -2, -1, 0);
+    struct GRPOTokenLoss up = grpo_token_loss(&config, log(1.5), -2, -1, 0);
+    struct GRPOTokenLoss down = grpo_token_loss(&config, log(0.5), 2, -1, 0);
+    expect_true("high", high.is_high_clipped && !high.is_low_clipped);
+    expect_true("low", low.is_low_clipped && !low.is_high_clipped);
+    expect_true("where the slope is not 0, nothing is clipped",
+                !up.is_low_clipped && !up.is_high_clipped && !down.is_low_clipped
+                    && !down.is_high_clipped);
+    expect_close("ratio", high.ratio, 1.5, 1e-12);
+    expect_close("no reference, no KL", high.kl, 0, 0);
+}
+
+/* By hand: answers of 2 and 6 tokens, advantages 1 and -1, ratio 1. */
+static void test_grpo_shares(void) {
+    static const struct {
+        enum GRPOLossType loss_type;
+        double share[2], loss;
+    } cases[] = {
+        {GRPO_LOSS_GRPO, {1.0 / 4, 1.0 / 12}, 0},
+        {GRPO_LOSS_BNPO, {1.0 / 8, 1.0 / 8}, 0.5},
+        {GRPO_LOSS_DAPO, {1.0 / 8, 1.0 / 8}, 0.5},
+        {GRPO_LOSS_DR_GRPO, {1.0 / 20, 1.0 / 20}, 0.2},
+    };
+    static const float logprobs[8] = {-1, -2, -1, -3, -2, -1, -4, -1};
+    for (size_t c = 0; c < COUNT(cases); c++) {
+        struct GRPOConfig config = {
+            .max_completion_length = 10,
+            .epsilon = 0.2,
+            .epsilon_high = 0.2,
+            .loss_type = cases[c].loss_type,
+        };
+        struct GRPOTokenLoss tokens[8];
+        float dlogprobs[8];
+        struct GRPOAnswer answers[2] = {
+            {2, 1, logprobs, logprobs, NULL, tokens, dlogprobs},
+            {6, -1, logprobs + 2, logprobs + 2, NULL, tokens + 2, dlogprobs + 2},
+        };
+        expect_close("loss", grpo_loss(&config, answers, 2, 8), cases[c].loss, 1e-12);
+        expect_close("slope, first answer", dlogprobs[0], -cases[c].share[0], 1e-7);
+        expect_close("slope, second answer", dlogprobs[7], cases[c].share[1], 1e-7);
+    }
+}
+
+/* Four answers of 3, 1, 2 and 4 tokens: the batch of golden.py's part G. */
+struct GRPOCase {
+    struct GRPOConfig config;
+    struct GRPOAnswer answers[4];
+    struct GRPOTokenLoss tokens[10];
+    float old_logprobs[10], logprobs[10], ref_logprobs[10], dlogprobs[10];
+};
+
+static struct GRPOCase *grpo_case(struct GRPOConfig config) {
+    static const size_t lengths[] = {3, 1, 2, 4};
+    static const double advantages[] = {0.9, -0.6, -1.3, 0.4};
+    struct GRPOCase *c = arena_zeros(&test_arena, 1, sizeof *c);
+    c->config = config;
+    size_t first = 0;
+    for (int b = 0; b < 4; b++) {
+        for (int t = 0; t < (int)lengths[b]; t++) {
+            c->old_logprobs[first + (size_t)t] = (float)golden_old(4 * b + t);
+            c->ref_logprobs[first + (size_t)t] = (float)golden_ref(4 * b + t);
+            c->logprobs[first + (size_t)t] = (float)golden_new(4 * b + t);
+        }
+        c->answers[b] = (struct GRPOAnswer){
+            .length = lengths[b],
+            .advantage = advantages[b],
+            .old_logprobs = c->old_logprobs + first,
+            .logprobs = c->logprobs + first,
+            .ref_logprobs = config.beta > 0 ? c->ref_logprobs + first : NULL,
+            .tokens = c->tokens + first,
+            .dlogprobs = c->dlogprobs + first,
+        };
+        first += lengths[b];
+    }
+    return c;
+}
+
+static double grpo_case_loss(void *context) {
+    struct GRPOCase *c = context;
+    return grpo_loss(&c->config, c->answers, 4, 10);
+}
+
+/* Settings that change what a token's loss is. */
+struct GRPOVariant {
+    enum GRPOLossType loss_type;
+    enum ImportanceSamplingLevel level;
+    double beta;
+    bool use_bias_correction_kl;
+};
+
+static struct GRPOConfig grpo_config(struct GRPOVariant variant) {
+    return (struct GRPOConfig){
+        .num_generations = 2,
+        .num_iterations = 1,
+        .max_completion_length = 5,
+        .beta = variant.beta,
+        .use_bias_correction_kl = variant.use_bias_correction_kl,
+        .epsilon = 0.05,
+        .epsilon_high = 0.07,
+        .loss_type = variant.loss_type,
+        .importance_sampling_level = variant.level,
+    };
+}
+
+/* Loss and slopes against TRL. Where all answers are one micro-batch, dapo is bnpo. */
+static void test_grpo_loss_golden(void) {
+    static const struct {
+        struct GRPOVariant variant;
+        double loss, dlogprobs[10];
+    } golden[] = {
+        {{GRPO_LOSS_GRPO, IMPORTANCE_SAMPLING_TOKEN, 0, false},
+         0.217596113,
+         {0, -0.0760994747, -0.0550520447, 0.151306348, 0, 0.220159749, 0, -0.0247764509,
+          -0.0185670135, 0}},
+        {{GRPO_LOSS_BNPO, IMPORTANCE_SAMPLING_TOKEN, 0, false},
+         -0.0484810279,
+         {0, -0.0913193697, -0.0660624536, 0.0605225393, 0, 0.176127799, 0, -0.0396423215,
+          -0.0297072216, 0}},
+        {{GRPO_LOSS_DR_GRPO, IMPORTANCE_SAMPLING_TOKEN, 0, false},
+         -0.024240514,
+         {0, -0.0456596848, -0.0330312268, 0.0302612696, 0, 0.0880638996, 0, -0.0198211608,
+          -0.0148536108, 0}},
+        {{GRPO_LOSS_GRPO, IMPORTANCE_SAMPLING_TOKEN, 0.04, false},
+         0.21978955,
+         {0.000713101853, -0.0753695577, -0.0553499603, 0.151751579, -0.00220682837, 0.22237816,
+          -0.000147842925, -0.0250623534, -0.0180031668, 0.00150641945}},
+        {{GRPO_LOSS_BNPO, IMPORTANCE_SAMPLING_TOKEN, 0.04, false},
+         -0.0459361177,
+         {0.000855722224, -0.0904434692, -0.0664199523, 0.0607006314, -0.0017654627, 0.177902528,
+          -0.00023654868, -0.0400997655, -0.0288050669, 0.00241027112}},
+        {{GRPO_LOSS_DR_GRPO, IMPORTANCE_SAMPLING_TOKEN, 0.04, false},
+         -0.0229680589,
+         {0.000427861112, -0.0452217346, -0.0332099762, 0.0303503157, -0.000882731349, 0.088951264,
+          -0.00011827434, -0.0200498827, -0.0144025334, 0.00120513556}},
+        {{GRPO_LOSS_GRPO, IMPORTANCE_SAMPLING_TOKEN, 0.04, true},
+         0.220244517,
+         {0.00107715765, -0.0752635701, -0.0552614965, 0.151765761, -0.00134942329, 0.224132214,
+          -0.000195164722, -0.0250447332, -0.0180924637, 0.00314315713}},
+        {{GRPO_LOSS_BNPO, IMPORTANCE_SAMPLING_TOKEN, 0.04, true},
+         -0.0453429563,
+         {0.00129258918, -0.0903162841, -0.0663137958, 0.0607063044, -0.00107953863, 0.179305771,
+          -0.000312263555, -0.0400715731, -0.0289479419, 0.0050290514}},
+        {{GRPO_LOSS_DR_GRPO, IMPORTANCE_SAMPLING_TOKEN, 0.04, true},
+         -0.0226714781,
+         {0.000646294592, -0.0451581421, -0.0331568979, 0.0303531522, -0.000539769317, 0.0896528854,
+          -0.000156131778, -0.0200357865, -0.014473971, 0.0025145257}},
+        {{GRPO_LOSS_GRPO, IMPORTANCE_SAMPLING_SEQUENCE, 0, false},
+         0.144342074,
+         {-0.074996473, -0.074996473, -0.074996473, 0.151306348, 0.162512573, 0.162512573, 0, 0, 0,
+          0}},
+        {{GRPO_LOSS_BNPO, IMPORTANCE_SAMPLING_SEQUENCE, 0, false},
+         -0.120644647,
+         {-0.0899957676, -0.0899957676, -0.0899957676, 0.0605225393, 0.130010058, 0.130010058, 0, 0,
+          0, 0}},
+        {{GRPO_LOSS_DR_GRPO, IMPORTANCE_SAMPLING_SEQUENCE, 0, false},
+         -0.0603223236,
+         {-0.0449978838, -0.0449978838, -0.0449978838, 0.0302612696, 0.065005029, 0.065005029, 0, 0,
+          0, 0}},
+        {{GRPO_LOSS_GRPO, IMPORTANCE_SAMPLING_SEQUENCE, 0.04, false},
+         0.146535512,
+         {-0.0742833711, -0.0742665559, -0.0752943885, 0.151751579, 0.160305744, 0.164730983,
+          -0.000147842925, -0.00028590247, 0.00056384673, 0.00150641945}},
+        {{GRPO_LOSS_BNPO, IMPORTANCE_SAMPLING_SEQUENCE, 0.04, false},
+         -0.118099737,
+         {-0.0891400453, -0.0891198671, -0.0903532662, 0.0607006314, 0.128244595, 0.131784787,
+          -0.00023654868, -0.000457443951, 0.000902154768, 0.00241027112}},
+        {{GRPO_LOSS_DR_GRPO, IMPORTANCE_SAMPLING_SEQUENCE, 0.04, false},
+         -0.0590498685,
+         {-0.0445700227, -0.0445599335, -0.0451766331, 0.0303503157, 0.0641222977, 0.0658923934,
+          -0.00011827434, -0.000228721976, 0.000451077384, 0.00120513556}},
+        {{GRPO_LOSS_GRPO, IMPORTANCE_SAMPLING_SEQUENCE, 0.04, true},
+         0.146607657,
+         {-0.0742181593, -0.0742013449, -0.0752291292, 0.151765761, 0.160851886, 0.165277467,
+          8.19951124e-05, -6.71687532e-05, 0.000850926955, 0.00186931211}},
+        {{GRPO_LOSS_BNPO, IMPORTANCE_SAMPLING_SEQUENCE, 0.04, true},
+         -0.117984475,
+         {-0.0890617912, -0.0890416139, -0.090274955, 0.0607063044, 0.128681509, 0.132221974,
+          0.00013119218, -0.000107470005, 0.00136148313, 0.00299089938}},
+        {{GRPO_LOSS_DR_GRPO, IMPORTANCE_SAMPLING_SEQUENCE, 0.04, true},
+         -0.0589922377,
+         {-0.0445308956, -0.0445208069, -0.0451374775, 0.0303531522, 0.0643407543, 0.0661109869,
+          6.559609e-05, -5.37350026e-05, 0.000680741564, 0.00149544969}},
+    };
+    for (size_t i = 0; i < 2 * COUNT(golden); i++) {
+        struct GRPOVariant variant = golden[i / 2].variant;
+        if (i % 2 == 1 && variant.loss_type == GRPO_LOSS_BNPO)
+            variant.loss_type = GRPO_LOSS_DAPO;
+        struct GRPOCase *c = grpo_case(grpo_config(variant));
+        expect_close(formatted("loss of case %zu", i), grpo_case_loss(c), golden[i / 2].loss, 2e-9);
+        expect_floats(formatted("slopes of case %zu", i), c->dlogprobs, golden[i / 2].dlogprobs, 10,
+                      2e-8);
+    }
+}
+
+/* Token by token against TRL: the KL, and what is clipped. */
+static void test_grpo_loss_golden_tokens(void) {
+    static const double kl[2][10] = {
+        {0.0267795833, 0.0281731536, 0.00377083553, 0.00102158843, 0.0757746253, 0.142733349,
+         0.00168258391, 0.00607985229, 0.0300488858, 0.320163097},
+        {0.0359509157, 0.0285861625, 0.00276789608, 0.00103048543, 0.0559379364, 0.193379313,
+         0.00228619537, 0.00602548648, 0.0223167227, 0.436236803},
+    };
+    static const bool low[10] = {[4] = true};
+    static const bool high[10] = {[0] = true, [6] = true, [9] = true};
+    for (int corrected = 0; corrected < 2; corrected++) {
+        struct GRPOVariant variant = {GRPO_LOSS_BNPO, IMPORTANCE_SAMPLING_TOKEN, 0.04, corrected};
+        struct GRPOCase *c = grpo_case(grpo_config(variant));
+        grpo_case_loss(c);
+        for (size_t t = 0; t < 10; t++) {
+            expect_close(formatted("KL of token %zu", t), c->tokens[t].kl, kl[corrected][t], 1e-9);
+            expect_true(formatted("token %zu: low", t), c->tokens[t].is_low_clipped == low[t]);
+            expect_true(formatted("token %zu: high", t), c->tokens[t].is_high_clipped == high[t]);
+        }
+    }
+}
+
+/* Central differences by every log-probability, for every setting that changes the loss. */
+static void test_grpo_gradient(void) {
+    for (int i = 0; i < 24; i++) {
+        struct GRPOVariant variant = {
+            .loss_type = (enum GRPOLossType)(i % 4),
+            .level = (enum ImportanceSamplingLevel)(i / 4 % 2),
+            .beta = i < 8 ? 0 : 0.04,
+            .use_bias_correction_kl = i >= 16,
+        };
+        struct GRPOCase *c = grpo_case(grpo_config(variant));
+        float dlogprobs[10];
+        grpo_case_loss(c);
+        memcpy(dlogprobs, c->dlogprobs, sizeof dlogprobs);
+        expect_gradient(formatted("log-probability, case %d", i),
+                        (struct Slope){grpo_case_loss, c, 1.0 / 1024}, c->logprobs, dlogprobs, 10,
+                        10, 1e-4);
+    }
 }
 
 /* =============================================================================================
@@ -5458,6 +5799,361 @@ static void test_ppo_trace(void) {
     rollout_trainer_free(ppo);
 }
 
+/* Four rollouts of 3, 5, 7 and 9 tokens, two to each prompt; a policy and a slightly different
+ * reference. */
+static struct RolloutTrainer *grpo_of(struct GRPOConfig config, struct TrainingArguments args,
+                                      struct Rollout *rollouts) {
+    static const float scores[] = {1, -0.5f, 2, 0.25f};
+    struct GPT2 *model = random_model(37, 14, 8, 2, 2);
+    struct GPT2 *ref_model = owned(gpt2_copy(model));
+    for (size_t i = 0; i < ref_model->tensor_count; i++)
+        for (size_t k = 0; k < ref_model->tensors[i]->n; k++)
+            ref_model->tensors[i]->w[k] *= 0.9f;
+    for (size_t i = 0; i < 4; i++) {
+        size_t query = 2 + i / 2 * 2;
+        size_t response = 3 + 2 * i;
+        rollouts[i] =
+            (struct Rollout){random_example(query + response, query, 37), response, scores[i]};
+    }
+    struct RolloutTrainer *trainer = grpo_trainer_new(model, ref_model, config, args, 0.7);
+    trainer->total_steps = 100;
+    return trainer;
+}
+
+/* A constant learning rate, and one micro-batch of four answers. */
+static struct TrainingArguments grpo_arguments(double learning_rate) {
+    struct TrainingArguments args = training_arguments();
+    args.learning_rate = learning_rate;
+    args.lr_scheduler_type = SCHEDULER_CONSTANT;
+    args.per_device_train_batch_size = 4;
+    args.gradient_accumulation_steps = 1;
+    return args;
+}
+
+static double grpo_stat(const struct RolloutTrainer *trainer, const char *name) {
+    double value = NAN;
+    log_find(&trainer->stats, name, &value);
+    return value;
+}
+
+struct GRPOModelCase {
+    struct RolloutTrainer *trainer;
+    struct Rollout *rollouts;
+};
+
+static double grpo_model_loss(void *context) {
+    struct GRPOModelCase *c = context;
+    return grpo_micro_batch(c->trainer, c->rollouts, 1, 3, 2);
+}
+
+/* Central differences of a micro-batch's loss by the policy's weights, three of four rollouts, at
+ * the second update, when ratios are not 1. */
+static void test_grpo_gradient_model(void) {
+    static const struct GRPOVariant variants[] = {
+        {GRPO_LOSS_DAPO, IMPORTANCE_SAMPLING_TOKEN, 0.5, false},
+        {GRPO_LOSS_GRPO, IMPORTANCE_SAMPLING_SEQUENCE, 0.5, true},
+    };
+    for (size_t v = 0; v < COUNT(variants); v++) {
+        struct Rollout rollouts[4];
+        struct GRPOConfig config = grpo_config(variants[v]);
+        config.num_iterations = 2;
+        config.epsilon = config.epsilon_high = 0.4;
+        struct RolloutTrainer *trainer = grpo_of(config, grpo_arguments(0), rollouts);
+        grpo_step(trainer, rollouts);
+        for (size_t t = 0; t < trainer->grpo_batch.R; t++)
+            trainer->grpo_batch.logprobs[t] += (float)(0.3 * sin(2.1 * (double)t));
+        gpt2_zero_grad(trainer->model);
+        struct GRPOModelCase c = {trainer, rollouts};
+        grpo_model_loss(&c);
+        float *d[32]; /* a copy: every pass adds to the gradients */
+        for (size_t i = 0; i < trainer->model->tensor_count; i++) {
+            struct Tensor *t = trainer->model->tensors[i];
+            d[i] = narrow(widen(t->d, t->n), t->n);
+        }
+        for (size_t i = 0; i < trainer->model->tensor_count; i++) {
+            struct Tensor *t = trainer->model->tensors[i];
+            expect_gradient(t->name, (struct Slope){grpo_model_loss, &c, 0.003}, t->w, d[i], t->n,
+                            6, 4e-3);
+        }
+        rollout_trainer_free(trainer);
+    }
+}
+
+/* By hand: beside a prompt of 7 tokens, one of 3 begins at position 4; but no answer goes beyond
+ * the context. */
+static void test_grpo_positions(void) {
+    struct Rollout rollouts[] = {
+        {random_example(5, 3, 37), 2, 0},
+        {random_example(9, 7, 37), 2, 0},
+    };
+    static const int left[] = {4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7};
+    static const int short_of_room[] = {3, 4, 5, 6, 0, 1, 2, 3, 4, 5, 6, 7};
+    const struct Example examples[] = {rollouts[0].example, rollouts[1].example};
+    struct Batch batch = batch_of(examples, 2, SKIP_LAST);
+    grpo_pad_left(&batch, rollouts, 7, 9);
+    expect_ids("beside a longer prompt", batch.position, batch.N, left, 12);
+    rollouts[0].example.n = 6;
+    batch = batch_of(examples, 2, SKIP_LAST);
+    grpo_pad_left(&batch, rollouts, 7, 9);
+    expect_ids("short of room", batch.position, batch.N, short_of_room, 12);
+}
+
+/* With padding_side right, answers are read where they were written; where all prompts have the
+ * same length, left says the same. */
+static void test_grpo_positions_right(void) {
+    for (int unequal = 0; unequal < 2; unequal++) {
+        double loss[2];
+        for (int side = 0; side < 2; side++) {
+            struct Rollout rollouts[4];
+            struct GRPOConfig config = grpo_config((struct GRPOVariant){.beta = 1});
+            config.padding_side = side ? PADDING_RIGHT : PADDING_LEFT;
+            test_rng = rng_seed(7, STREAM_SAMPLE);
+            struct RolloutTrainer *trainer = grpo_of(config, grpo_arguments(0), rollouts);
+            for (size_t i = 0; i < 4; i++)
+                rollouts[i].example.prompt_length = unequal ? 2 + i / 2 * 2 : 2;
+            for (size_t i = 0; i < 4; i++)
+                rollouts[i].response_length =
+                    rollouts[i].example.n - rollouts[i].example.prompt_length;
+            grpo_step(trainer, rollouts);
+            loss[side] = grpo_stat(trainer, "entropy");
+            rollout_trainer_free(trainer);
+        }
+        expect_true(unequal ? "unequal prompts" : "equal prompts", (loss[0] != loss[1]) == unequal);
+    }
+}
+
+/* By hand: groups (1, 1) and (0, 4), the second answer of which has no end; then TRL's own figures
+ * of the clip and the KL, from two micro-batches alike. */
+static void test_grpo_logs(void) {
+    struct GPT2Config policy = {.vocab_size = 9, .eos_token_id = 7};
+    struct GPT2 model = {.config = policy};
+    struct RolloutTrainer trainer = {.model = &model, .num_generations = 2};
+    grpo_log_scores(&trainer, (float[]){1, 1, 0, 4}, 4);
+    expect_close("reward", grpo_stat(&trainer, "reward"), 1.5, 0);
+    expect_close("reward_std", grpo_stat(&trainer, "reward_std"), sqrt(3), 1e-7);
+    expect_close("half teach nothing", grpo_stat(&trainer, "frac_reward_zero_std"), 0.5, 0);
+    trainer.grpo.scale_rewards = SCALE_REWARDS_BATCH;
+    grpo_log_scores(&trainer, (float[]){1, 1, 0, 4}, 4);
+    expect_close("in a batch all teach", grpo_stat(&trainer, "frac_reward_zero_std"), 0, 0);
+    grpo_log_scores(&trainer, (float[]){1, NAN, 0, 4}, 4);
+    expect_close("without the one that has none", grpo_stat(&trainer, "reward"), 5.0 / 3, 1e-7);
+
+    int ids[] = {1, 5, 5, 5, 5, 7};
+    struct Rollout rollouts[] = {
+        {{ids, 6, 1}, 5, 0},
+        {{ids, 5, 1}, 4, 0},
+        {{ids + 3, 3, 1}, 2, 0},
+    };
+    grpo_log_lengths(&trainer, rollouts, 3);
+    static const struct {
+        const char *name;
+        double want;
+    } lengths[] = {
+        {"completions/mean_length", 11.0 / 3},
+        {"completions/min_length", 2},
+        {"completions/max_length", 5},
+        {"completions/mean_terminated_length", 3.5},
+        {"completions/min_terminated_length", 2},
+        {"completions/max_terminated_length", 5},
+        {"completions/clipped_ratio", 1.0 / 3},
+    };
+    for (size_t i = 0; i < COUNT(lengths); i++)
+        expect_close(lengths[i].name, grpo_stat(&trainer, lengths[i].name), lengths[i].want, 1e-6);
+    grpo_log_lengths(&trainer, rollouts + 1, 1);
+    expect_close("none ended", grpo_stat(&trainer, "completions/max_terminated_length"), 0, 0);
+    arena_free(&trainer.arena);
+}
+
+/* The KL and what was clipped, of golden.py's batch, against TRL; two micro-batches alike. */
+static void test_grpo_logs_golden(void) {
+    static const char *const names[] = {"kl",
+                                        "clip_ratio/low_mean",
+                                        "clip_ratio/high_mean",
+                                        "clip_ratio/region_mean",
+                                        "clip_ratio/low_min",
+                                        "clip_ratio/high_max"};
+    static const struct {
+        enum ImportanceSamplingLevel level;
+        bool corrected;
+        double want[6];
+    } golden[] = {
+        {IMPORTANCE_SAMPLING_TOKEN, false, {0.0636227554, 0.1, 0.3, 0.4, 0, 0.5}},
+        {IMPORTANCE_SAMPLING_TOKEN, true, {0.0784517916, 0.1, 0.3, 0.4, 0, 0.5}},
+        {IMPORTANCE_SAMPLING_SEQUENCE, false, {0.0636227554, 0, 0.25, 0.25, 0, 1}},
+        {IMPORTANCE_SAMPLING_SEQUENCE, true, {0.0665042975, 0, 0.25, 0.25, 0, 1}},
+    };
+    for (size_t i = 0; i < COUNT(golden); i++) {
+        struct GRPOVariant variant = {GRPO_LOSS_GRPO, golden[i].level, 0.04, golden[i].corrected};
+        struct GRPOCase *c = grpo_case(grpo_config(variant));
+        struct RolloutTrainer trainer = {.grpo = c->config};
+        grpo_case_loss(c);
+        for (int part = 0; part < 2; part++)
+            grpo_metrics(&trainer, c->answers, 4, 25, 2);
+        for (size_t k = 0; k < COUNT(names); k++)
+            expect_close(names[k], grpo_stat(&trainer, names[k]), golden[i].want[k], 1e-8);
+        expect_close("25 nats over 10 tokens", grpo_stat(&trainer, "entropy"), 2.5, 1e-12);
+    }
+}
+
+/* A log entry: means over the steps that have a number, the last step's gradient norm. */
+static void test_grpo_logs_window(void) {
+    static const double reward[] = {2, NAN, 4};
+    struct RolloutTrainer trainer = {.name = "grpo"};
+    struct TrainerState state = {.num_tokens = 99};
+    struct LogEntry entry = {0};
+    for (int step = 0; step < 3; step++) {
+        trainer.stats.n = 0;
+        log_value(&trainer.stats, "reward", reward[step]);
+        log_value(&trainer.stats, "reward_std", NAN);
+        log_value(&trainer.stats, "kl", step);
+        log_value(&trainer.stats, "grad_norm", 1 + step);
+        if (step == 1)
+            log_value(&trainer.stats, "completions/mean_length", 7);
+        entry.n = 0;
+        grpo_log_entry(&trainer, &state, &entry);
+    }
+    static const struct {
+        const char *name;
+        double want;
+    } means[] = {
+        {"reward", 3},      {"kl", 1}, {"grad_norm", 3}, {"completions/mean_length", 7},
+        {"num_tokens", 99},
+    };
+    double value;
+    for (size_t i = 0; i < COUNT(means); i++) {
+        expect_true(means[i].name, log_find(&entry, means[i].name, &value));
+        expect_close(means[i].name, value, means[i].want, 0);
+    }
+    expect_true("never a number", log_find(&entry, "reward_std", &value) && isnan(value));
+}
+
+/* A step that moves nothing: its loss, KL and entropy by way of the models; then two updates on the
+ * same answers, which are compared with what the policy said before the first. */
+static void test_grpo_step(void) {
+    struct Rollout rollouts[4];
+    struct GRPOConfig config =
+        grpo_config((struct GRPOVariant){.loss_type = GRPO_LOSS_DAPO, .beta = 0.3});
+    config.padding_side = PADDING_RIGHT;
+    config.num_iterations = 2;
+    struct RolloutTrainer *trainer = grpo_of(config, grpo_arguments(0), rollouts);
+    size_t n;
+    float *before = all_weights(trainer->model, &n);
+    grpo_step(trainer, rollouts);
+    expect_bits("weights at learning rate 0", all_weights(trainer->model, &n), before, n);
+
+    /* by hand: 24 tokens; (1 + 0.5) / 2 = 0.75 above the mean of a group whose deviation is
+     * 1.5 / sqrt(2); the longer answer is the worse one */
+    double A[2] = {0.75 / (1.5 / sqrt(2) + 1e-4), 0.875 / (1.75 / sqrt(2) + 1e-4)};
+    double loss = -(A[0] * (3 - 5) + A[1] * (7 - 9)) / 24;
+    double kl = 0;
+    for (size_t i = 0; i < 4; i++) {
+        struct Batch batch = batch_of(&rollouts[i].example, 1, SKIP_LAST);
+        struct LMHead head = batch_logprobs(trainer->model, &test_arena, &batch, 0.7, false);
+        struct LMHead ref_head =
+            batch_logprobs(trainer->ref_model, &test_arena, &batch, 0.7, false);
+        for (size_t t = 0; t < batch.R; t++) {
+            double d = (double)ref_head.logprob[t] - head.logprob[t];
+            kl += (exp(d) - 1 - d) / 24;
+        }
+    }
+    expect_close("kl", grpo_stat(trainer, "kl"), kl, 1e-6);
+    expect_close("loss", grpo_stat(trainer, "loss"), loss + 0.3 * kl, 1e-6);
+    expect_close("nothing clipped", grpo_stat(trainer, "clip_ratio/region_mean"), 0, 0);
+    expect_true("a gradient nevertheless", grpo_stat(trainer, "grad_norm") > 0.01);
+
+    float *old = narrow(widen(trainer->grpo_batch.logprobs, 24), 24);
+    trainer->args.learning_rate = 0.03;
+    grpo_step(trainer, rollouts);
+    expect_bits("the same answers", trainer->grpo_batch.logprobs, old, 24);
+    expect_true("their scores are logged once", isnan(grpo_stat(trainer, "reward")));
+    grpo_step(trainer, rollouts);
+    expect_true("new ones", fabsf(trainer->grpo_batch.logprobs[0] - old[0]) > 1e-4f);
+    expect_close("compared with themselves", grpo_stat(trainer, "clip_ratio/region_mean"), 0, 0);
+    grpo_step(trainer, rollouts);
+    expect_true("and with those before", grpo_stat(trainer, "clip_ratio/region_mean") > 0);
+    rollout_trainer_free(trainer);
+}
+
+/* Two micro-batches of unequal length: with dapo the same step as one batch, with bnpo another. */
+static void test_grpo_step_accumulate(void) {
+    static const struct {
+        enum GRPOLossType loss_type;
+        bool same;
+    } cases[] = {{GRPO_LOSS_DAPO, true}, {GRPO_LOSS_BNPO, false}, {GRPO_LOSS_DR_GRPO, true}};
+    for (size_t c = 0; c < COUNT(cases); c++) {
+        double loss[2], grad_norm[2], weight[2];
+        for (size_t parts = 1; parts <= 2; parts++) {
+            struct Rollout rollouts[4];
+            struct TrainingArguments args = grpo_arguments(0.05);
+            args.optim = OPTIM_SGD;
+            args.per_device_train_batch_size = 4 / parts;
+            args.gradient_accumulation_steps = parts;
+            test_rng = rng_seed(9, STREAM_SAMPLE);
+            struct RolloutTrainer *trainer =
+                grpo_of(grpo_config(
+                            (struct GRPOVariant){.loss_type = cases[c].loss_type, .beta = 0.1}),
+                        args, rollouts);
+            grpo_step(trainer, rollouts);
+            loss[parts - 1] = grpo_stat(trainer, "loss");
+            grad_norm[parts - 1] = grpo_stat(trainer, "grad_norm");
+            weight[parts - 1] = trainer->model->ln_f.bias.w[2];
+            rollout_trainer_free(trainer);
+        }
+        bool is_same = fabs(loss[1] - loss[0]) < 1e-6 && fabs(weight[1] - weight[0]) < 1e-6
+                       && fabs(grad_norm[1] / grad_norm[0] - 1) < 1e-5;
+        expect_true(formatted("case %zu", c), is_same == cases[c].same);
+    }
+}
+
+/* Two updates on the same answers, in two micro-batches each, on one, two and three threads: the
+ * same weights, bit for bit. */
+static void test_grpo_threads(void) {
+    struct RolloutTrainer *trainer[4] = {NULL};
+    struct GRPOConfig config = grpo_config((struct GRPOVariant){.beta = 0.1});
+    config.num_iterations = 2;
+    struct TrainingArguments args = grpo_arguments(0.01);
+    args.gradient_accumulation_steps = 2;
+    struct Rollout rollouts[8];
+    for (size_t i = 0; i < 8; i++)
+        rollouts[i] = (struct Rollout){random_example(60, 20, 600), 40, (float)(i % 3)};
+    for (int threads = 1; threads <= 3; threads++) {
+        struct GPT2 *model = new_model(600, 60, 64, 1, 4);
+        use_threads(threads);
+        trainer[threads] = grpo_trainer_new(model, owned(gpt2_copy(model)), config, args, 1);
+        trainer[threads]->total_steps = 9;
+        grpo_step(trainer[threads], rollouts);
+        grpo_step(trainer[threads], rollouts);
+        expect_same_weights("weights", trainer[threads]->model, trainer[1]->model);
+    }
+    use_threads(1);
+    for (int threads = 1; threads <= 3; threads++)
+        rollout_trainer_free(trainer[threads]);
+}
+
+/* A reward that the test makes up, the share of one token in the answer: GRPO raises it. */
+static void test_grpo_raises_reward(void) {
+    enum { STEPS = 30 };
+    struct GPT2 *model = new_model(40, 16, 32, 1, 2);
+    struct GRPOConfig config = grpo_config((struct GRPOVariant){.loss_type = GRPO_LOSS_DAPO});
+    config.num_generations = 4;
+    config.epsilon = config.epsilon_high = 0.2;
+    config.max_completion_length = 6;
+    struct TrainingArguments args = grpo_arguments(1e-2);
+    args.per_device_train_batch_size = SHARE_B;
+    struct RolloutTrainer *trainer = grpo_trainer_new(model, NULL, config, args, 1);
+    trainer->total_steps = STEPS;
+    double first = 0;
+    double last = 0;
+    for (size_t step = 0; step < STEPS; step++) {
+        struct Rollout rollouts[SHARE_B];
+        *(step == 0 ? &first : &last) = share_rollouts(model, step, 4, rollouts);
+        grpo_step(trainer, rollouts);
+    }
+    expect_close("share of the token at first", first, 1.0 / 40, 0.05);
+    expect_close("and at last", last, 1, 0.4);
+    rollout_trainer_free(trainer);
+}
+
 /* =============================================================================================
  * Chapter 18 - DPO, collected preferences
  *
@@ -8693,6 +9389,12 @@ static void test_cli_errors(void) {
         {2, "for each of --loss_type's names", "dpo --loss_weights nan" NEEDED},
         {2, "--beta 0: a number above 0 was expected", "dpo --beta 0"},
         {2, "--beta -1: a number, 0 or more, was expected", "reinforce --beta -1"},
+        {1, "--num_generations 1: an answer is compared",
+         "grpo --reward_model_path x --num_generations 1" NEEDED},
+        {1, "a multiple of --num_generations 8 was expected",
+         "grpo --reward_model_path x --per_device_train_batch_size 12" NEEDED},
+        {1, "a multiple of --num_iterations 3 was expected",
+         "grpo --reward_model_path x --num_iterations 3 --save_steps 4" NEEDED},
         {1, "--label_smoothing 0.5", "dpo --label_smoothing 0.5" NEEDED},
         {2, "--temperature 0: a number, 1e-6 or more, was expected", "generate --temperature 0"},
         {2, "--temperature 1e-30: a number, 1e-6 or more,", "ppo --temperature 1e-30"},
@@ -9159,6 +9861,72 @@ static void test_cli_reinforce(void) {
                 json_count(entries) == 2 && json_get(entries->child, "gradient_variance/rloo")
                     && json_get(entries->child, "gradient_variance/none"));
     expect_true("an adapter", is_adapter(temporary("c_re")));
+}
+
+/* A run of GRPO with two updates on the same answers, and what it leaves. */
+static const char GRPO_RUN[] = "grpo --model_name_or_path @c_lm --per_device_train_batch_size 3 "
+                               "--gradient_accumulation_steps 2 --num_generations 3 "
+                               "--num_iterations 2 --beta 0.04 --learning_rate 0.01 "
+                               "--max_completion_length 8 --logging_steps 3 --max_steps 6";
+
+static void expect_same_file(const char *name, const char *in, const char *want_in) {
+    struct Text got = contents(formatted("%s/%s", in, name));
+    struct Text want = contents(formatted("%s/%s", want_in, name));
+    expect_true(name, text_equal(got, want) && got.length > 0);
+}
+
+/* A live run, and its rollouts replayed: the same statistics and weights, bit for bit. */
+static void test_cli_grpo(void) {
+    make_collectors(SHORT_TRAINING);
+    command_output(formatted("%s --reward_model_path @c_rm --dataset_name @p.jsonl "
+                             "--output_dir @g_live",
+                             GRPO_RUN));
+    command_output(
+        formatted("%s --rollouts @g_live/rollouts.jsonl --output_dir @g_again", GRPO_RUN));
+    expect_same_file("model.safetensors", "g_again", "g_live");
+    expect_same_file("stats_all.jsonl", "g_again", "g_live");
+    expect_same_file("rollouts.jsonl", "g_again", "g_live");
+    struct Json *entries = log_history("g_live");
+    expect_count("entries: steps 3 and 6", json_count(entries), 2);
+    struct Text stats = contents("g_live/stats_all.jsonl");
+    double kl = 0;
+    for (int step = 1; step <= 6; step++)
+        kl += json_get(next_line(&stats), "kl")->number * (step > 3) / 3;
+    struct Json *last = entries->child->next;
+    expect_close("the mean of three steps", json_get(last, "kl")->number, kl, 1e-7);
+    expect_close("3 of 2 passes: two prompts a batch of four", json_get(last, "epoch")->number, 1.5,
+                 1e-9);
+    entries = log_history("g_again");
+    expect_close("one pass over the stored", json_get(entries->child->next, "epoch")->number, 1,
+                 1e-9);
+    struct Text rows = contents("g_live/rollouts.jsonl");
+    size_t answers = 0;
+    while (next_line(&rows))
+        answers++;
+    expect_count("three batches of six answers", answers, 18);
+}
+
+/* Stopped and resumed in the middle, a run leaves what one that never stopped leaves; its log
+ * entries are at steps 3 and 6, its checkpoints at 2 and 4. */
+static void test_cli_grpo_resume(void) {
+    static const char *const names[] = {"model.safetensors", "stats_all.jsonl", "rollouts.jsonl"};
+    make_collectors(SHORT_TRAINING);
+    const char *run = formatted("%s --reward_model_path @c_rm --dataset_name @p.jsonl "
+                                "--save_steps 2 --output_dir",
+                                GRPO_RUN);
+    command_output(formatted("%s @g_whole", run));
+    command_output(formatted("%s @g_rest", run));
+    for (int from = 2; from <= 4; from += 2) {
+        command_output(
+            formatted("%s @g_rest --resume_from_checkpoint @g_rest/checkpoint-%d", run, from));
+        for (size_t i = 0; i < COUNT(names); i++)
+            expect_same_file(names[i], "g_rest", "g_whole");
+        struct Json *got = log_history("g_rest")->child;
+        struct Json *want = log_history("g_whole")->child;
+        for (; want && got; want = want->next, got = got->next)
+            expect_close("kl", json_get(got, "kl")->number, json_get(want, "kl")->number, 0);
+        expect_true("as many entries", !got && !want);
+    }
 }
 
 /* eval of a language model, of a reward model, and of a policy beside its reference. */
@@ -9703,6 +10471,7 @@ static const struct {
     {"reinforce_loss", test_losses},
     {"ppo_token_loss", test_losses},
     {"ppo_value_loss", test_losses},
+    {"grpo_token_loss", test_losses},
     {"dpo_hand", test_losses},
     {"dpo_golden", test_losses},
     {"ppo_whiten_golden", test_ppo_whiten_golden},
@@ -9716,6 +10485,14 @@ static const struct {
     {"ppo_token_loss_clipped", test_ppo_token_loss_clipped},
     {"ppo_value_loss_clipped", test_ppo_value_loss_clipped},
     {"ppo_loss_gradient", test_ppo_loss_gradient},
+    {"grpo_advantages", test_grpo_advantages},
+    {"grpo_advantages_nothing", test_grpo_advantages_nothing},
+    {"grpo_advantages_golden", test_grpo_advantages_golden},
+    {"grpo_token_loss_clipped", test_grpo_token_loss_clipped},
+    {"grpo_shares", test_grpo_shares},
+    {"grpo_loss_golden", test_grpo_loss_golden},
+    {"grpo_loss_golden_tokens", test_grpo_loss_golden_tokens},
+    {"grpo_gradient", test_grpo_gradient},
     {"exact_optimum", test_exact_optimum},
     {"exact_optimum_objective", test_exact_optimum_objective},
     {"dpo_hand_sums", test_dpo_hand_sums},
@@ -9834,6 +10611,16 @@ static const struct {
     {"ppo_step", test_ppo_step},
     {"ppo_trace_shows", test_ppo_trace_shows},
     {"ppo_trace", test_ppo_trace},
+    {"grpo_gradient_model", test_grpo_gradient_model},
+    {"grpo_positions", test_grpo_positions},
+    {"grpo_positions_right", test_grpo_positions_right},
+    {"grpo_logs", test_grpo_logs},
+    {"grpo_logs_golden", test_grpo_logs_golden},
+    {"grpo_logs_window", test_grpo_logs_window},
+    {"grpo_step", test_grpo_step},
+    {"grpo_step_accumulate", test_grpo_step_accumulate},
+    {"grpo_threads", test_grpo_threads},
+    {"grpo_raises_reward", test_grpo_raises_reward},
     {"scorer_prefixes", test_scorer_prefixes},
     {"ppo_guards", test_ppo_guards},
     {"ppo_guards_ratio", test_ppo_guards_ratio},
@@ -9938,6 +10725,8 @@ static const struct {
     {"cli_collect", test_cli_collect},
     {"cli_collect_keys", test_cli_collect_keys},
     {"cli_reinforce", test_cli_reinforce},
+    {"cli_grpo", test_cli_grpo},
+    {"cli_grpo_resume", test_cli_grpo_resume},
     {"cli_eval", test_cli_eval},
     {"collect_resume", test_collect_resume},
     {"cli_lora", test_cli_lora},

@@ -8,8 +8,8 @@ answers as C arrays:
     python3 docs/tools/golden.py > /tmp/golden.h
 
 VERSIONS the numbers were made with
-    Parts A, B, E, F1, in the Python that runs this file:
-        Python 3.11, torch 2.13.0 (CPU), transformers 5.23.0
+    Parts A, B, E, F1, G, in the Python that runs this file:
+        Python 3.11, torch 2.13.0 (CPU), transformers 5.23.0, trl 1.16.0
     Parts C, D, F2, in a virtual environment, below:
         trl 0.11.4, transformers 4.45.2, accelerate 0.34.2, datasets 3.1.0, pyarrow 17.0.0,
         numpy 1.26.4, same torch
@@ -29,8 +29,8 @@ use, evaluated in float64 (Python's math.sin and math.cos) and then rounded to f
 PRECISION. Parts A, C and D are computed in float32, as the originals do, and once more in float64
 from the same float32 inputs; the comment on each array gives the largest difference between the two
 ("f32-f64"). A correct float32 program in C should differ from the printed number by about that
-much; a tolerance of 20 times that is fair. Parts B and E are computed in float64 on float32 inputs,
-part F in float64 on the decimal numbers of the example.
+much; a tolerance of 20 times that is fair. Parts B, E and G are computed in float64 on float32
+inputs, part F in float64 on the decimal numbers of the example.
 
 WHAT IS PRINTED
     A1 A2  golden_gpt_*: forward pass, loss, gradient of a tiny GPT-2
@@ -45,6 +45,7 @@ WHAT IS PRINTED
     D      golden_ppo_*, golden_moments*, golden_klctl*: PPO
     E      golden_sched_*: learning-rate schedules
     F      golden_explain_*: the built-in example of `align explain`, topic by topic
+    G      golden_grpo_*: GRPO's advantages, losses and figures
 """
 
 import argparse
@@ -1011,6 +1012,127 @@ def part_explain_trl():
 
 
 # --------------------------------------------------------------------------------------------------
+# G. GRPO: TRL 1.16's own GRPOTrainer methods, in float64 on float32 inputs
+# --------------------------------------------------------------------------------------------------
+# Four answers of at most 4 tokens, the formulas of part D with flat index i = 4*b + t; two groups.
+GRPO_LEN, GT = [3, 1, 2, 4], 4
+GRPO_ADVANTAGES = [0.9, -0.6, -1.3, 0.4]
+GRPO_SCORES = [1.0, 2.0, 6.0, 2.0, 0.5, math.nan, 0.5, -1.0]  # two groups of four
+
+
+def grpo_stub(**kw):
+    """What GRPOTrainer's methods ask of self, without a model."""
+    from collections import defaultdict
+
+    return types.SimpleNamespace(
+        accelerator=types.SimpleNamespace(
+            device="cpu",
+            num_processes=1,
+            process_index=0,
+            gather=lambda x: x,
+            reduce=lambda x, reduction: x,
+        ),
+        model=types.SimpleNamespace(training=True, is_gradient_checkpointing=False),
+        args=types.SimpleNamespace(
+            delta=None, steps_per_generation=1, gradient_accumulation_steps=1,
+            per_device_train_batch_size=8, gradient_checkpointing_kwargs=None,
+            use_bias_correction_kl=kw.pop("use_bias_correction_kl", False),
+        ),
+        _metrics=defaultdict(lambda: defaultdict(list)),
+        _logs=defaultdict(lambda: defaultdict(list)),
+        epsilon_low=0.05, epsilon_high=0.07, max_completion_length=5,
+        current_gradient_accumulation_steps=1, top_entropy_quantile=1.0,
+        off_policy_mask_threshold=None, aux_loss_enabled=False, use_vllm=False,
+        _entropy_bonus_enabled=False, **kw,
+    )  # fmt: skip
+
+
+def grpo_loss(loss_type, level, beta, corrected, mask=None):
+    """loss, gradient by the 10 log-probabilities, and what is logged."""
+    from trl import GRPOTrainer
+
+    s = math.sin
+    old = formula((4, GT), lambda i: -1.6 + 1.2 * s(0.4 + 1.3 * i)).double()
+    ref = formula((4, GT), lambda i: -1.7 + 1.1 * s(0.6 + 1.25 * i)).double()
+    new = formula((4, GT), lambda i: -1.6 + 1.2 * s(0.4 + 1.3 * i) + 0.35 * s(1.0 + 2.1 * i))
+    new = new.double().requires_grad_()
+    real = torch.zeros(4, GT, dtype=torch.long)
+    for b, length in enumerate(GRPO_LEN):
+        real[b, :length] = 1
+    mask = real if mask is None else mask
+    t = grpo_stub(
+        loss_type=loss_type, importance_sampling_level=level, beta=beta,
+        use_bias_correction_kl=corrected,
+        _get_per_token_logps_and_entropies=lambda *a, **k: (new, torch.ones(4, GT).double(), None),
+    )  # fmt: skip
+    inputs = dict(
+        prompt_ids=torch.zeros(4, 1).long(), prompt_mask=torch.ones(4, 1).long(),
+        completion_ids=torch.zeros(4, GT).long(), completion_mask=mask,
+        advantages=torch.tensor(GRPO_ADVANTAGES, dtype=torch.float64), old_per_token_logps=old,
+        ref_per_token_logps=ref, num_items_in_batch=mask.sum(),
+    )  # fmt: skip
+    loss = GRPOTrainer._compute_loss(t, None, inputs)
+    loss.backward()
+    logged = {key: values[0] for key, values in t._metrics["train"].items()}
+    return loss.item(), new.grad[real.bool()].tolist(), logged
+
+
+def grpo_advantages(scale):
+    """Advantages and what is logged of the scores, by way of a whole rollout."""
+    from trl import GRPOTrainer
+
+    n = len(GRPO_SCORES)
+    t = grpo_stub(
+        scale_rewards=scale, num_generations=4, multi_objective_aggregation="sum_then_normalize",
+        reward_weights=torch.ones(1).double(), reward_func_names=["judge"], beta=0.0,
+        environment_factories=None, environments=None, tools=None, mask_truncated_completions=False,
+        pad_to_multiple_of=None, log_multimodal=False, num_iterations=1, _pending_extra_logs={},
+        _pending_metrics={}, vllm_importance_sampling_correction=False,
+        _tokenizer=types.SimpleNamespace(pad_token_id=0),
+        _generate=lambda p: ([[1]] * n, [[2]] * n, None, [""] * n, None, {}, None, None),
+        _calculate_rewards=lambda *a: torch.tensor(GRPO_SCORES).double()[:, None],
+    )  # fmt: skip
+    t._logs = dict(prompt=[], completion=[], advantages=[], rewards={"judge": []})
+    out = GRPOTrainer._generate_and_score_completions(t, [{"prompt": "a"}] * n)
+    logged = {key: values[0] for key, values in t._metrics["train"].items()}
+    return out["advantages"], [logged[k] for k in ("reward", "reward_std", "frac_reward_zero_std")]
+
+
+def part_grpo():
+    title("G. GRPO: trl 1.16.0; advantages of two groups of four, the sixth without a score")
+    for scale in ("group", "batch", "none"):
+        advantages, logged = grpo_advantages(scale)
+        emit("grpo_advantages_" + scale, advantages)
+        emit("grpo_scores_" + scale, logged, "reward, reward_std, frac_reward_zero_std")
+
+    title("token by token: the batch, masked to each of its tokens")
+    masks = []
+    for b, length in enumerate(GRPO_LEN):
+        for t in range(length):
+            mask = torch.zeros(4, GT, dtype=torch.long)
+            mask[b, t] = 1
+            masks.append(mask)
+    for corrected in (False, True):
+        # a mean over an answer without a token is NaN, and counts in no metric
+        logged = [grpo_loss("bnpo", "token", 0.04, corrected, mask)[2] for mask in masks]
+        emit("grpo_kl%s" % ("_corrected" * corrected), [m["kl"] for m in logged])
+    for key in ("low", "high"):
+        emit("grpo_clipped_" + key, [int(m["clip_ratio/%s_mean" % key]) for m in logged])
+
+    title("loss; gradient by each log-probability")
+    keys = ["kl"] + ["clip_ratio/" + key for key in ("low_mean", "high_mean", "region_mean")]
+    keys += ["clip_ratio/low_min", "clip_ratio/high_max"]
+    for level in ("token", "sequence"):
+        for beta, corrected in ((0.0, False), (0.04, False), (0.04, True)):
+            name = "%s%s%s" % (level, "_kl" * (beta > 0), "_corrected" * corrected)
+            for loss_type in ("grpo", "bnpo", "dr_grpo", "dapo"):
+                loss, gradient, logged = grpo_loss(loss_type, level, beta, corrected)
+                emit("grpo_%s_%s" % (loss_type, name), [loss, *gradient])
+            if beta > 0:
+                emit("grpo_logged_" + name, [logged[key] for key in keys], ", ".join(keys))
+
+
+# --------------------------------------------------------------------------------------------------
 def main():
     about = "print golden numbers for test_align.c as C (see the top of this file)"
     ap = argparse.ArgumentParser(description=about)
@@ -1038,6 +1160,7 @@ def main():
     part_ops()
     part_schedules()
     part_explain()
+    part_grpo()
     sys.stdout.flush()
     if not os.path.exists(opt.trl_python):
         sys.exit("golden.py: no %s; the top of this file says how to make it" % opt.trl_python)
