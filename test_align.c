@@ -5332,7 +5332,14 @@ static void test_ppo_trace_shows(void) {
 static void test_scorer_prefixes(void) {
     struct GPT2 *judge = random_model(300, 14, 8, 2, 2);
     tensor_normal(reward_head_declare(judge), &test_rng, 1);
-    struct Scorer scorer = {judge, tokenizer, 0.1, 0.5, 99, -2};
+    struct Scorer scorer = {
+        .reward_model = judge,
+        .tok = tokenizer,
+        .mean = 0.1,
+        .std = 0.5,
+        .least_length = 99,
+        .short_score = -2,
+    };
     struct GPT2Config policy = {.vocab_size = 300, .eos_token_id = 299};
     struct Example e = example_encode(&test_arena, tokenizer, text_of("abc de fgh"), 300, NULL);
     float scores[16], reward[16];
@@ -5620,10 +5627,10 @@ static void test_answer_end(void) {
         float score, want;
         reward_score(reward_model, &read, 1, &want);
         scorer.least_length = 0;
-        scorer_score(&scorer, &test_arena, &e, 1, &policy, &score);
+        scorer_score(&scorer, &test_arena, &e, 1, &policy, NULL, &score);
         expect_close(cases[i].text, score, want, 0);
         scorer.least_length = 3;
-        scorer_score(&scorer, &test_arena, &e, 1, &policy, &score);
+        scorer_score(&scorer, &test_arena, &e, 1, &policy, NULL, &score);
         expect_close("ended too soon", score, ids[e.n - 1] == 13 ? -1e6 : want, 0);
         expect_count("tokens", answer_length(&e, &policy), cases[i].length);
         expect_text("answer", answer_text(tokenizer, &test_arena, &e, &policy), cases[i].answer);
