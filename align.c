@@ -11144,9 +11144,10 @@ static size_t course_collect(struct Course *course, size_t n, struct Example *pa
     size_t count = collect_preferences(&source, &course->arena, course->prompts, n, &rng, pairs);
     say("4/4 dpo: %zu pairs collected from %zu answers\n", count, n * ANSWERS);
     static const char none[] = "no two of the language model's answers to a prompt could be told "
-                               "apart, or none ended by itself, so no pair could be formed; train "
-                               "it longer (--pretrain_steps)";
-    CHECK(count > 0 || course->dpo_steps == 0, "%s", none);
+                               "apart, or none ended by itself, so no pair could be formed; ";
+    CHECK(count > 0 || course->dpo_steps == 0, "%s%s", none,
+          course->program ? "--reward_command must give one of them a higher number"
+                          : "train it longer (--pretrain_steps)");
     return count;
 }
 
@@ -16205,8 +16206,8 @@ static void leave_out_heads(struct GPT2 *model) {
  * Chapter 25 - Progress, logs, checkpoints
  *
  * How a run reports to a person (one line on a terminal, redrawn in place), to other programs
- * (trainer_state.json in transformers' form), and to itself (checkpoints, from which it resumes as
- * if it had never stopped, bit for bit).
+ * (trainer_state.json in transformers' form; lines of JSON for a program that judges answers), and
+ * to itself (checkpoints, from which it resumes as if it had never stopped, bit for bit).
  * ============================================================================================= */
 
 /* ---- Messages ------------------------------------------------------------------------------- */
