@@ -8061,6 +8061,7 @@ static void scorer_program(const struct Scorer *scorer, struct Arena *arena,
         const struct Example *e = &sequences[i];
         size_t length = e->n - e->prompt_length - example_ended(e, policy->eos_token_id);
         answers[i] = (struct Judged){
+            /* decoded from the ids that were asked: of a text that was cut, just its beginning */
             .prompt = tokenizer_decode_all(scorer->tok, arena, e->ids, e->prompt_length,
                                            policy->vocab_size),
             .completion = tokenizer_decode_all(scorer->tok, arena, e->ids + e->prompt_length,
@@ -8084,6 +8085,7 @@ static void scorer_program(const struct Scorer *scorer, struct Arena *arena,
  * By hand: weights 2 and 0.5, scores 3 and -4: 6 - 2 = 4; without the second 6.
  *                                                                       test: weighted_score */
 static float weighted_score(const double weight[2], float first, float second) {
+    /* 0 would be a judgement, and nobody has made one */
     if (isnan(first) && isnan(second))
         return NAN;
     double sum = 0;
@@ -8114,6 +8116,8 @@ static void scorer_score(const struct Scorer *scorer, struct Arena *arena,
         return;
 
     /* 2. or both */
+    /* The program does not see what the model thinks, or the other way round: neither can lean on
+     * the other. */
     float *second = arena_floats(arena, n);
     scorer_program(scorer, arena, sequences, n, policy, others, second);
     for (size_t i = 0; i < n; i++)
@@ -8134,6 +8138,7 @@ static struct Text *others_of_answers(struct Arena *arena, const struct Text *ot
 /* Those of n scores that are there (not NaN), in the same order; returns how many. */
 static size_t scores_given(const float *score, size_t n, float *given) {
     size_t count = 0;
+    /* `given` may be `score` itself: what is written was read before */
     for (size_t i = 0; i < n; i++)
         if (!isnan(score[i]))
             given[count++] = score[i];
@@ -8177,6 +8182,8 @@ static void score_missing(float *score, size_t n, size_t group) {
             if (isnan(score[i]))
                 score[i] = (float)mean;
     }
+    /* 3. Once is no harm: a program may know only some prompts. A run of nothing else should not
+     *    go unnoticed. */
     if (isnan(all))
         warn("none of the %zu answers of this batch has a score; nothing is learnt from them", n);
 }
@@ -8441,6 +8448,7 @@ static void collect_rollouts(const struct RolloutTrainer *trainer, struct Rollou
          * that length only. */
         size_t max_new = length_sampler(&source->output_length, &source->lengths);
         sequences[i] = answer_start(arena, trainer->model, prompt, max_new, &source->sample);
+        /* what a program wants to know of this prompt besides its text, the right answer perhaps */
         if (others)
             others[i] = source->others[prompt - source->prompts];
     }
@@ -10755,7 +10763,8 @@ static struct Text *course_others(struct Course *course, const struct Example *t
     if (!others)
         return NULL;
     struct Text *own = arena_alloc(&course->arena, n, sizeof *own);
-    /* both lists are in the same order, so one pass finds all */
+    /* Texts that are too short have no prompt, so a prompt's number is not its text's. But both
+     * lists are in the same order: one pass finds all. */
     for (size_t i = 0; i < n; i++, texts++, others++) {
         while (texts->ids != prompts[i].ids) {
             texts++;
@@ -11024,9 +11033,10 @@ static void course_program(struct Course *course) {
     struct Arena arena = {0};
     /* 1. the numbers as they are, of answers to prompts that PPO will practise on */
     struct Scorer bare = {.tok = course->tok, .std = 1, .program = course->program};
+    /* not the examination's prompts: what is measured there must not set the scale */
     struct Examination exam = course_examination(course, COURSE_TEST_PROMPTS);
     exam.scorer = &bare;
-    exam.ref_model = NULL;
+    exam.ref_model = NULL; /* the language model is the reference: its KL would be 0 */
     exam.prompts = course->prompts;
     exam.others = course->prompt_others;
     exam.n = MIN((size_t)COURSE_TEST_PROMPTS, course->prompt_n);
@@ -11049,6 +11059,7 @@ static void course_program(struct Course *course) {
     course->scorer.tok = course->tok;
     course->scorer.program = course->program;
     memcpy(course->scorer.weight, course->weight, sizeof course->weight);
+    /* without a reward model there is no scale of its own, and course_scorer has not run */
     if (course->only_program)
         course->scorer.std = 1;
     say("2/4 reward program: the language model's answers get %.4g on average, standard deviation "
@@ -11059,6 +11070,7 @@ static void course_program(struct Course *course) {
 
 /* Stage 2: who judges? The reward model, a program, or both. */
 static void course_judges(struct Course *course) {
+    /* the model first: it sets the scale of its own scores, to which a program's are added */
     if (!course->only_program)
         course_reward_model(course);
     if (course->program)
@@ -11164,7 +11176,8 @@ static float best_of_n(const float *reward, size_t count, size_t n) {
         for (size_t i = first; i < first + n; i++)
             if (reward[i] > best || isnan(best))
                 best = reward[i];
-        /* no answer of this group has a score (a program may give none) */
+        /* No answer of this group has a score, as a program may give none: there is no best one,
+         * and the mean is that of the other groups. */
         if (isnan(best))
             continue;
         sum += best;
@@ -17395,7 +17408,7 @@ static void program_judge(const struct RewardProgram *program, const struct Judg
                           size_t n, float *number) {
     struct Arena arena = {0};
     const char *command = program->command;
-    /* 1. The whole conversation; it is over, and the program has ended, when this returns. */
+    /* 1. The whole conversation: it is over, and the program has ended, when this returns. */
     struct ProgramRun run = program_run(program, &arena, answers, n);
 
     /* 2. How did it end? What it wrote counts only if it says itself that all went well. */
@@ -19126,6 +19139,25 @@ static void keep_best(struct Options *o, const struct Dataset *data, struct Sequ
     }
 }
 
+/* Prints each prompt's samples, or with --best_of the best one and its score. */
+static void print_generations(struct Options *o, const struct Dataset *data,
+                              struct Sequence *sequences, size_t each) {
+    float *score = o->best_of ? arena_floats(&o->arena, data->n) : NULL;
+    if (score)
+        keep_best(o, data, sequences, each, score);
+    for (size_t i = 0; i < data->n; i++) {
+        struct Text prompt = data->rows[i].prompt;
+        const struct Sequence *first = &sequences[i * each];
+        size_t shown = score ? 1 : each;
+        if (score && !o->json)
+            printf("%+.4f  ", score[i]);
+        if (o->json)
+            print_generation_json(o, prompt, first, shown, score ? &score[i] : NULL);
+        else
+            print_generation(o, prompt, first, shown);
+    }
+}
+
 /* --best_of writes so many samples of each prompt; is there somebody to judge them? */
 static void check_best_of(const struct Options *o) {
     const struct GenerationConfig *g = &o->generation;
@@ -19185,21 +19217,7 @@ static void command_generate(struct Options *o) {
     /* 3. Write all of them together, so that each step reads the weights once for all. */
     generate(o->model, sequences, data->n * each, g);
 
-    /* 4. All of them, or with --best_of the best one with its score. */
-    float *score = o->best_of ? arena_floats(&o->arena, data->n) : NULL;
-    if (score)
-        keep_best(o, data, sequences, each, score);
-    for (size_t i = 0; i < data->n; i++) {
-        struct Text prompt = data->rows[i].prompt;
-        const struct Sequence *first = &sequences[i * each];
-        size_t shown = score ? 1 : each;
-        if (score && !o->json)
-            printf("%+.4f  ", score[i]);
-        if (o->json)
-            print_generation_json(o, prompt, first, shown, score ? &score[i] : NULL);
-        else
-            print_generation(o, prompt, first, shown);
-    }
+    print_generations(o, data, sequences, each);
 }
 
 /* Prints the tokens that can follow a prompt, the likeliest first. */
@@ -19643,9 +19661,10 @@ static void measure_best_of(struct Options *o, struct Examination exam, struct B
 /* Writes it beside the farthest that the best of n is from the policy: see best_of_n_expected. */
 static void print_best_of(const struct BestOf *b) {
     for (size_t k = 0; k < b->count; k++)
-        printf("%s{\"n\": %zu, \"reward\": %s, \"kl\": %s}%s", k ? ", " : ", \"best_of_n\": [",
-               b->n[k], json_number_text(b->reward[k]), json_number_text(best_of_n_kl(b->n[k])),
-               k + 1 == b->count ? "]" : "");
+        printf("%s{\"n\": %zu, \"reward\": %s, \"kl\": %s}", k ? ", " : ", \"best_of_n\": [",
+               b->n[k], json_number_text(b->reward[k]), json_number_text(best_of_n_kl(b->n[k])));
+    if (b->count)
+        putchar(']');
 }
 
 /* Measures a policy by its answers. */
@@ -19705,9 +19724,9 @@ static void eval_language(struct Options *o, struct Trainer *trainer, struct Log
     log_value(entry, "tokens", tokens);
 }
 
-/* align eval -- prints one JSON object. With --reward_model_path or --reward_command: the mean reward of a policy's
- * answers, how varied and how long these are, and the policy's distance from --ref_model. For a
- * model with a reward head: how well it orders pairs, rated or labelled texts. Otherwise: the mean
+/* align eval -- prints one JSON object. With --reward_model_path or --reward_command: the mean
+ * reward of a policy's answers, how varied and how long these are, the policy's distance from
+ * --ref_model, and with --best_of what the best of several answers gets. For a model with a reward head: how well it orders pairs, rated or labelled texts. Otherwise: the mean
  * negative log-likelihood of a token and its exponential, the perplexity, which is the number of
  * equally likely tokens that would leave as much doubt. */
 static void command_eval(struct Options *o) {
@@ -19909,6 +19928,23 @@ static struct GPT2 *course_new_model(const struct Dataset *data, uint64_t seed) 
     return model;
 }
 
+/* Who judges in the course: the reward model that it trains, --reward_command in its place, or with
+ * --reward_weights both. */
+static void choose_judges(struct Options *o, struct Course *course) {
+    if (o->reward_command)
+        course->program = program_new(&o->arena, o->reward_command, o->reward_timeout);
+    course->only_program = course->program && !o->reward_weights;
+    parse_reward_weights(o, course->weight);
+    note_idle(o, course->only_program, "reward_steps",
+              "--reward_command judges alone; with --reward_weights a reward model is trained too");
+    note_idle(o, !course->program, "reward_weights", "there is no --reward_command");
+
+    /* the report would show its log as this run's */
+    const char *earlier = arena_printf(&o->arena, "%s/reward_model", course->output_dir);
+    if (course->only_program && file_exists(earlier))
+        warn("%s is an earlier run's: --reward_command judges in this one", earlier);
+}
+
 static void command_rlhf(struct Options *o) {
     struct Tokenizer *tok = load_tokenizer(o);
     const char *path = o->dataset_name ? o->dataset_name
@@ -19931,13 +19967,7 @@ static void command_rlhf(struct Options *o) {
         .dpo_steps = o->dpo_steps,
     };
 
-    if (o->reward_command)
-        course.program = program_new(&o->arena, o->reward_command, o->reward_timeout);
-    course.only_program = course.program && !o->reward_weights;
-    parse_reward_weights(o, course.weight);
-    note_idle(o, course.only_program, "reward_steps",
-              "--reward_command judges alone; with --reward_weights a reward model is trained too");
-    note_idle(o, !course.program, "reward_weights", "there is no --reward_command");
+    choose_judges(o, &course);
 
     /* 1. A new model, or an existing one, which is only tuned on these texts, with steps that are
      *    smaller the wider it is. */
@@ -19957,10 +19987,6 @@ static void command_rlhf(struct Options *o) {
     static const char untrained[] = "--reward_steps 0: an untrained reward model gives every text "
                                     "the same reward; 1 or more steps are needed";
     CHECK(o->reward_steps > 0 || course.only_program, "%s", untrained);
-    if (course.only_program
-        && file_exists(arena_printf(&o->arena, "%s/reward_model", course.output_dir)))
-        warn("%s/reward_model is an earlier run's: --reward_command judges in this one",
-             course.output_dir);
     static const char *const results[] = {"language_model", "reward_model", "ppo", "dpo"};
     for (size_t i = 0; i < COUNT(results); i++)
         note_replaced(o, arena_printf(&o->arena, "%s/%s", course.output_dir, results[i]));
