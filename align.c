@@ -183,6 +183,11 @@ static int rename_over(const char *from, const char *to);
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#ifndef __wasm__
+#include <poll.h>
+#include <spawn.h>
+#include <sys/wait.h>
+#endif
 #define aligned_free free
 #define PRINTF_FORMAT printf
 #endif
@@ -2781,6 +2786,7 @@ enum Field {
     HAS_QUERY_IDS = 128,
     HAS_RESPONSE_IDS = 256,
     HAS_MARGIN = 512,
+    HAS_OTHERS = 1024, /* only as MAY_HAVE(HAS_OTHERS): fields not named here are kept as well */
     SHAPE_TEXT = HAS_TEXT,
     SHAPE_PROMPT = HAS_PROMPT,
     SHAPE_PROMPT_COMPLETION = HAS_PROMPT | HAS_COMPLETION,
@@ -2798,6 +2804,7 @@ static const char *const FIELD_NAMES[] = {"text",         "prompt", "completion"
 struct Row {
     unsigned has; /* a bit for each field that the row has, used or not */
     struct Text text, prompt, completion, chosen, rejected;
+    struct Text others; /* all members but prompt and completion, as in the file: , "id": 7 */
     double score, margin, label;
     int *query_ids, *response_ids;
     size_t query_length, response_length;
@@ -6503,6 +6510,16 @@ static void stats_write_line(FILE *file, const struct RolloutTrainer *trainer);
 static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n);
 static void trace_write(FILE *file, const struct RolloutTrainer *trainer);
 
+/* What a reward program reads of an answer; `others`: the data row's other fields, as JSON. The
+ * program is started, judges n answers and ends. It writes the number it gave to each; NaN: none.
+ * A program that does anything else ends the run. */
+struct RewardProgram;
+struct Judged {
+    struct Text prompt, completion, others;
+};
+static void program_judge(const struct RewardProgram *program, const struct Judged *answers,
+                          size_t n, float *number);
+
 /* Samples on a terminal: is it time for one, how wide is the terminal, and a text made safe to
  * print there. */
 static bool progress_sampling(size_t step, size_t total);
@@ -8232,13 +8249,26 @@ struct Rollout {
     float score;
 };
 
-/* What turns a response into a score: the reward model, on the text of query and response. */
+/* A judge that is no model: any program that reads answers and writes a number for each. Where an
+ * answer is right or wrong (a sum, a rhyme, a proof), such a reward is exact, and there is nothing
+ * in it for a policy to exploit but its author's mistakes. */
+struct RewardProgram {
+    const char *command; /* as the user typed it */
+    char **words; /* the command split, NULL last; words[0] is the program's path */
+    double timeout; /* seconds for a batch */
+    double mean, std; /* score = (number - mean) / std */
+};
+
+/* What turns a response into a score: the reward model, on the text of query and response, or a
+ * program, or both. */
 struct Scorer {
-    const struct GPT2 *reward_model;
+    const struct GPT2 *reward_model; /* or NULL */
     const struct Tokenizer *tok;
-    double mean, std; /* score = (reward - mean) / std */
+    double mean, std; /* the model's score = (reward - mean) / std */
     size_t least_length; /* a response that ends sooner scores at most short_score */
     double short_score;
+    const struct RewardProgram *program; /* or NULL */
+    double weight[2]; /* of the model's and the program's score, if there are both */
 };
 
 /* A sequence of the policy's tokens, in the tokens of the reward model: converted through text, as
@@ -8277,12 +8307,10 @@ static float scorer_scale(const struct Scorer *scorer, const struct Example *seq
     return score;
 }
 
-/* scorer_score -- the score of each of n sequences of a policy.
- *                                                  [glossary: Função de recompensa]
- * in   sequences (n): query and response; policy: the model that wrote them    out  score (n) */
-static void scorer_score(const struct Scorer *scorer, struct Arena *arena,
-                         const struct Example *sequences, size_t n, const struct GPT2Config *policy,
-                         float *score) {
+/* The reward model's score of each of n sequences of a policy. */
+static void scorer_reward(const struct Scorer *scorer, struct Arena *arena,
+                          const struct Example *sequences, size_t n,
+                          const struct GPT2Config *policy, float *score) {
     /* 1. The reward model reads the text, query included: an answer is good or bad only as an
      *    answer to something. */
     struct Example *texts = arena_alloc(arena, n, sizeof *texts);
@@ -8293,6 +8321,145 @@ static void scorer_score(const struct Scorer *scorer, struct Arena *arena,
     reward_score(scorer->reward_model, texts, n, score);
     for (size_t i = 0; i < n; i++)
         score[i] = scorer_scale(scorer, &sequences[i], policy, score[i]);
+}
+
+/* The program's score of each of n sequences of a policy; NaN where it gave none.
+ * in   others (n): each prompt's data row, its other fields (struct Row); NULL: there are none */
+static void scorer_program(const struct Scorer *scorer, struct Arena *arena,
+                           const struct Example *sequences, size_t n,
+                           const struct GPT2Config *policy, const struct Text *others,
+                           float *score) {
+    /* 1. What it reads: text, without the end token, which is no part of an answer. */
+    struct Judged *answers = arena_alloc(arena, n, sizeof *answers);
+    for (size_t i = 0; i < n; i++) {
+        const struct Example *e = &sequences[i];
+        size_t length = e->n - e->prompt_length - example_ended(e, policy->eos_token_id);
+        answers[i] = (struct Judged){
+            /* decoded from the ids that were asked: of a text that was cut, just its beginning */
+            .prompt = tokenizer_decode_all(scorer->tok, arena, e->ids, e->prompt_length,
+                                           policy->vocab_size),
+            .completion = tokenizer_decode_all(scorer->tok, arena, e->ids + e->prompt_length,
+                                               length, policy->vocab_size),
+            .others = others ? others[i] : text_of(""),
+        };
+    }
+
+    /* 2. All answers in one call: starting a program takes longer than judging with it. NaN, no
+     *    score, stays NaN. */
+    const struct RewardProgram *program = scorer->program;
+    program_judge(program, answers, n, score);
+    for (size_t i = 0; i < n; i++)
+        score[i] = (float)((score[i] - program->mean) / program->std);
+}
+
+/* weighted_score -- what two judges say of an answer, as one number.
+ *   w_0 s_0 + w_1 s_1, without a judge that gave no score (NaN); NaN if neither gave one
+ * A judge that cannot tell must not count as one that says 0: where scores are negative, 0 would be
+ * praise. GRPOTrainer of TRL 1.16 does the same (None becomes NaN, then nansum).
+ * By hand: weights 2 and 0.5, scores 3 and -4: 6 - 2 = 4; without the second 6.
+ *                                                                       test: weighted_score */
+static float weighted_score(const double weight[2], float first, float second) {
+    /* 0 would be a judgement, and nobody has made one */
+    if (isnan(first) && isnan(second))
+        return NAN;
+    double sum = 0;
+    /* a judge without a score adds nothing, whatever its weight is */
+    if (!isnan(first))
+        sum += weight[0] * first;
+    if (!isnan(second))
+        sum += weight[1] * second;
+    return (float)sum;
+}
+
+/* scorer_score -- the score of each of n sequences of a policy.
+ *                                                  [glossary: Função de recompensa]
+ * in   sequences (n): query and response; policy: the model that wrote them
+ *      others (n): the other fields of each query's data row, for a program; NULL: there are none
+ * out  score (n); NaN where a program gave none. What that means is the caller's choice: in
+ *      training such an answer teaches nothing (score_missing), collect makes no pair of it, and a
+ *      mean is taken over the others. */
+static void scorer_score(const struct Scorer *scorer, struct Arena *arena,
+                         const struct Example *sequences, size_t n, const struct GPT2Config *policy,
+                         const struct Text *others, float *score) {
+    /* 1. one judge alone */
+    if (scorer->reward_model)
+        scorer_reward(scorer, arena, sequences, n, policy, score);
+    else if (scorer->program)
+        scorer_program(scorer, arena, sequences, n, policy, others, score);
+    if (!scorer->reward_model || !scorer->program)
+        return;
+
+    /* 2. or both */
+    /* The program does not see what the model thinks, or the other way round: neither can lean on
+     * the other. */
+    float *second = arena_floats(arena, n);
+    scorer_program(scorer, arena, sequences, n, policy, others, second);
+    for (size_t i = 0; i < n; i++)
+        score[i] = weighted_score(scorer->weight, score[i], second[i]);
+}
+
+/* The other fields of n prompts' data rows, each as often as its prompt has answers, side by side;
+ * NULL if there are none. */
+static struct Text *others_of_answers(struct Arena *arena, const struct Text *others, size_t n,
+                                      size_t num_generations) {
+    struct Text *each = others ? arena_alloc(arena, n * num_generations, sizeof *each) : NULL;
+    /* the texts are shared, not copied */
+    for (size_t i = 0; each && i < n * num_generations; i++)
+        each[i] = others[i / num_generations];
+    return each;
+}
+
+/* Those of n scores that are there (not NaN), in the same order; returns how many. */
+static size_t scores_given(const float *score, size_t n, float *given) {
+    size_t count = 0;
+    /* `given` may be `score` itself: what is written was read before */
+    for (size_t i = 0; i < n; i++)
+        if (!isnan(score[i]))
+            given[count++] = score[i];
+    return count;
+}
+
+/* mean_score -- the mean of those of n scores that are there (not NaN); NaN if none is.
+ * By hand: 1, none, 4: 2.5.                                              test: score_missing */
+static double mean_score(const float *score, size_t n) {
+    double sum = 0;
+    size_t count = 0;
+    for (size_t i = 0; i < n; i++) {
+        /* adding a NaN would make the whole mean NaN */
+        if (isnan(score[i]))
+            continue;
+        sum += score[i];
+        count++;
+    }
+    return count ? sum / (double)count : NAN;
+}
+
+/* score_missing -- gives answers without a score one from which nothing is learnt.
+ * in, out  score (n), those of a prompt's `group` answers side by side; NaN: none
+ * What a policy learns from a score is how far it lies from a baseline: the mean of the answers to
+ * the same prompt, or of all. An answer that nobody could judge gets just that mean, so it is
+ * neither pushed up nor down: GRPOTrainer of TRL 1.16 sets its advantage to 0. If no answer has a
+ * score, all get 0, and this step learns only to stay near the reference.
+ * By hand, in groups of two: 1, none | none, none | 3, 5: the second gets 1, the third and fourth
+ * the mean of all, 3.                                                    test: score_missing */
+static void score_missing(float *score, size_t n, size_t group) {
+    /* 1. the mean of all, before anything is filled in */
+    double all = mean_score(score, n);
+    for (size_t first = 0; first < n; first += group) {
+        size_t count = MIN(group, n - first);
+        double mean = mean_score(score + first, count);
+
+        /* 2. a group in which none has a score takes that of all, and if there is none either, 0 */
+        if (isnan(mean))
+            mean = isnan(all) ? 0 : all;
+        for (size_t i = first; i < first + count; i++)
+            if (isnan(score[i]))
+                score[i] = (float)mean;
+    }
+    /* 3. Once is no harm: a program may know only some prompts. A run of nothing else should not
+     *    go unnoticed. */
+    if (isnan(all))
+        warn("none of the %zu answers of this batch has a score; nothing is learnt from them", n);
 }
 
 /* scorer_prefixes -- how the judge's mind changes while it reads: the score that an answer would
@@ -8321,7 +8488,7 @@ static void scorer_prefixes(const struct Scorer *scorer, struct Arena *arena,
 
     /* 2. all of them judged together, each score at the length of its beginning */
     float *read = arena_floats(arena, count);
-    scorer_score(&bare, arena, beginnings, count, policy, read);
+    scorer_score(&bare, arena, beginnings, count, policy, NULL, read);
     for (size_t i = 0; i < count; i++)
         score[beginnings[i].n - sequence->prompt_length] = read[i];
 }
@@ -8330,6 +8497,7 @@ static void scorer_prefixes(const struct Scorer *scorer, struct Arena *arena,
  * ones.  [glossary: Rollout] */
 struct RolloutSource {
     const struct Example *prompts;
+    const struct Text *others; /* (n) of each prompt's data row: for a reward program, or NULL */
     size_t n;
     size_t *order, at; /* a shuffled pass over the prompts, and the next one's place in it */
     size_t room; /* how many new tokens the context can hold after the longest prompt */
@@ -8413,7 +8581,7 @@ static double running_moments_std(const struct RunningMoments *m) {
  * beside the algorithm, and changes nothing in it. Only some steps are shown: ppo_trace_shows. */
 struct PPOTrace {
     bool is_wanted; /* this run writes the file */
-    const struct Scorer *scorer; /* NULL: the rollouts are stored ones */
+    const struct Scorer *scorer; /* NULL: a program judges, or the rollouts are stored ones */
     size_t answers; /* how many of this step; 0: it is not shown */
     const struct Rollout *rollouts; /* (answers) */
     const float *scores; /* (answers) after ppo_process_scores */
@@ -8575,6 +8743,7 @@ static void collect_rollouts(const struct RolloutTrainer *trainer, struct Rollou
      *    from memory once, however many answers are being written. */
     struct Sequence *sequences = arena_alloc(arena, n, sizeof *sequences);
     const struct Example *prompt = NULL;
+    struct Text *others = source->others ? arena_alloc(arena, n, sizeof *others) : NULL;
     for (size_t i = 0; i < n; i++) {
         /* a new prompt, or the same one again: the rloo baseline compares answers to one prompt */
         if (i % trainer->num_generations == 0)
@@ -8583,13 +8752,17 @@ static void collect_rollouts(const struct RolloutTrainer *trainer, struct Rollou
          * that length only. */
         size_t max_new = length_sampler(&source->output_length, &source->lengths);
         sequences[i] = answer_start(arena, trainer->model, prompt, max_new, &source->sample);
+        /* what a program wants to know of this prompt besides its text, the right answer perhaps */
+        if (others)
+            others[i] = source->others[prompt - source->prompts];
     }
     generate(trainer->model, sequences, n, &source->generation);
 
     /* 2. One score for each answer as a whole: chapter 4 is about how it reaches the tokens. */
     struct Example *examples = sequences_as_examples(arena, sequences, n);
     float *score = arena_floats(arena, n);
-    scorer_score(&source->scorer, arena, examples, n, &trainer->model->config, score);
+    scorer_score(&source->scorer, arena, examples, n, &trainer->model->config, others, score);
+    score_missing(score, n, trainer->num_generations);
     for (size_t i = 0; i < n; i++)
         rollouts[i] =
             (struct Rollout){examples[i], examples[i].n - examples[i].prompt_length, score[i]};
@@ -10055,7 +10228,9 @@ static void rollout_train(struct RolloutTrainer *trainer, struct RolloutSource *
         checkpoint.log_files = rollout_log_files(trainer);
         checkpoint.log_dir = log_dir;
         trainer->ppo.trace.is_wanted = true;
-        trainer->ppo.trace.scorer = source->replay ? NULL : &source->scorer;
+        /* a program is started once a step, not for the beginnings of answers too */
+        bool by_model = !source->replay && !source->scorer.program;
+        trainer->ppo.trace.scorer = by_model ? &source->scorer : NULL;
         checkpoint_add_sizes(&checkpoint, "log_bytes", checkpoint.log_bytes, checkpoint.log_files,
                              SIZE_MAX);
     }
@@ -10511,6 +10686,7 @@ struct PreferenceSource {
     const struct GenerationConfig *generation;
     size_t num_generations; /* answers to each prompt */
     const struct Scorer *scorer;
+    const struct Text *others; /* of each prompt's data row: for a reward program, or NULL */
     bool only_ended; /* leave out answers that did not end: they teach the policy not to stop */
 };
 
@@ -10533,6 +10709,9 @@ static struct BestWorst best_and_worst(const struct PreferenceSource *source,
         size_t length = answers[k].n - answers[k].prompt_length;
         bool ended = example_ended(&answers[k], source->policy->config.eos_token_id);
         if ((source->only_ended && !ended) || length < source->scorer->least_length)
+            continue;
+        /* nobody has judged it: it is neither better nor worse than the others */
+        if (isnan(score[k]))
             continue;
 
         /* among equal scores, the first one */
@@ -10564,7 +10743,9 @@ static size_t collect_preferences(const struct PreferenceSource *source, struct 
     struct Example *answers =
         sample_answers(policy, arena, prompts, n, num_generations, source->generation, rng);
     float *score = arena_floats(arena, n * num_generations);
-    scorer_score(source->scorer, arena, answers, n * num_generations, &policy->config, score);
+    struct Text *others = others_of_answers(arena, source->others, n, num_generations);
+    scorer_score(source->scorer, arena, answers, n * num_generations, &policy->config, others,
+                 score);
 
     /* 2. a pair from each prompt, if its answers differ */
     size_t count = 0;
@@ -11184,6 +11365,7 @@ struct Examination {
     const struct GPT2 *ref_model;
     const struct Scorer *scorer;
     const struct Example *prompts;
+    const struct Text *others; /* (n) of each prompt's data row: for a reward program, or NULL */
     size_t n;
     struct GenerationConfig generation;
     uint64_t seed;
@@ -11225,8 +11407,8 @@ static struct PolicyResult policy_measure(const struct GPT2 *policy, const struc
     /* 3. the bare reward: the penalty for short answers is a device of training */
     struct Scorer plain = *exam->scorer;
     plain.least_length = 0;
-    scorer_score(&plain, arena, result.answers, n, &policy->config, result.reward);
-    result.mean_reward = mean_of(result.reward, n);
+    scorer_score(&plain, arena, result.answers, n, &policy->config, exam->others, result.reward);
+    result.mean_reward = mean_score(result.reward, n);
 
     /* 4. what the reward has cost */
     result.distinct_2 = distinct_2(result.texts, n);
@@ -11252,6 +11434,10 @@ struct Course {
     double *train_rating, *held_out_rating;
     size_t train_n, held_out_n;
     struct Example *prompts, *test_prompts; /* beginnings of train and of held-out texts */
+    struct RewardProgram *program; /* --reward_command, or NULL */
+    bool only_program; /* it judges in the reward model's place, which is not trained */
+    double weight[2]; /* of the two, if both judge */
+    struct Text *others, *prompt_others, *test_others; /* of the texts' rows; NULL: no program */
     size_t prompt_n, test_n;
     struct GPT2 *language_model, *reward_model, *ppo, *dpo;
     struct Scorer scorer;
@@ -11298,12 +11484,34 @@ static size_t course_prompts(const struct Example *texts, size_t n, size_t most,
     return count;
 }
 
+/* The other fields of the rows that n prompts were cut from, in the texts' order; NULL if none were
+ * kept. A prompt has the ids of its text: that tells which one it is. */
+static struct Text *course_others(struct Course *course, const struct Example *texts,
+                                  const struct Text *others, const struct Example *prompts,
+                                  size_t n) {
+    if (!others)
+        return NULL;
+    struct Text *own = arena_alloc(&course->arena, n, sizeof *own);
+    /* Texts that are too short have no prompt, so a prompt's number is not its text's. But both
+     * lists are in the same order: one pass finds all. */
+    for (size_t i = 0; i < n; i++, texts++, others++) {
+        while (texts->ids != prompts[i].ids) {
+            texts++;
+            others++;
+        }
+        own[i] = *others;
+    }
+    return own;
+}
+
 /* The rated texts as ids, in the given order: first those held out, a tenth, then those to learn
  * from. */
 static void course_encode(struct Course *course, const struct Dataset *data, const size_t *order) {
     size_t n = data->n;
     size_t empty = 0;
     struct Example *all = arena_alloc(&course->arena, n, sizeof *all);
+    if (course->program)
+        course->others = arena_alloc(&course->arena, n, sizeof *course->others);
     double *rating = arena_alloc(&course->arena, n, sizeof *rating);
     /* the model's own end token, which need not be GPT-2's */
     const int *end_token = &course->language_model->config.eos_token_id;
@@ -11313,6 +11521,8 @@ static void course_encode(struct Course *course, const struct Dataset *data, con
         all[i] =
             example_encode(&course->arena, course->tok, row->text, course->vocab_size, end_token);
         rating[i] = row->score;
+        if (course->others)
+            course->others[i] = row->others;
         empty += row->text.length == 0;
     }
     /* empty texts stay in the data, as an end token alone */
@@ -11351,6 +11561,12 @@ static void course_split(struct Course *course, const struct Dataset *data) {
     course->test_prompts = arena_alloc(arena, course->held_out_n, sizeof *course->test_prompts);
     course->test_n = course_prompts(course->held_out, course->held_out_n, COURSE_TEST_PROMPTS, &rng,
                                     course->test_prompts);
+    course->test_others = course_others(course, course->held_out, course->others,
+                                        course->test_prompts, course->test_n);
+    course->prompt_others =
+        course_others(course, course->train,
+                      course->others ? course->others + course->held_out_n : NULL, course->prompts,
+                      course->prompt_n);
     CHECK(course->prompt_n > 0 && course->test_n > 0,
           "%s: its texts are too short to take prompts of 2 to 7 tokens from", data->path);
 }
@@ -11466,7 +11682,14 @@ static void course_scorer(struct Course *course) {
 
     /* 3. An answer that ends before COURSE_LEAST_LENGTH tokens scores -2 at most: two deviations
      *    below what people write, less than almost any text gets. */
-    course->scorer = (struct Scorer){model, course->tok, mean, deviation, COURSE_LEAST_LENGTH, -2};
+    course->scorer = (struct Scorer){
+        .reward_model = model,
+        .tok = course->tok,
+        .mean = mean,
+        .std = deviation,
+        .least_length = COURSE_LEAST_LENGTH,
+        .short_score = -2,
+    };
 }
 
 /* Stage 2: the raters' taste.                            [glossary: Função de recompensa] */
@@ -11513,6 +11736,76 @@ static void course_reward_model(struct Course *course) {
     course_finish(course, "reward_model", &trainer);
 }
 
+/* The examination that policies sit, with the first n of its prompts. */
+static struct Examination course_examination(const struct Course *course, size_t n) {
+    /* all policies answer the same prompts with the same random numbers, so that they can be
+     * compared */
+    return (struct Examination){
+        .ref_model = course->language_model,
+        .scorer = &course->scorer,
+        .prompts = course->test_prompts,
+        .others = course->test_others,
+        .n = MIN(n, course->test_n),
+        .generation = course_generation(course, COURSE_MAX_NEW),
+        .seed = course->seed + 1, /* not the random numbers used in training */
+    };
+}
+
+/* course_program -- a program as judge: the zero and the unit of its scores.
+ * A program's numbers mean something, unlike a reward model's, but not to PPO: the price of a nat
+ * of KL, and what the value head has to learn, are numbers too, and suit scores that differ by
+ * about 1. Whether a program counts to 1 or to 100, a score of 1 is to mean: one standard deviation
+ * better than what the language model writes before any training. (Real texts give the scale of a
+ * reward model. For a program they may not: most answer no question that it could check.) No score
+ * is limited for short answers: a reward model is fooled by them, a program says what it wants. */
+static void course_program(struct Course *course) {
+    struct Arena arena = {0};
+    /* 1. the numbers as they are, of answers to prompts that PPO will practise on */
+    struct Scorer bare = {.tok = course->tok, .std = 1, .program = course->program};
+    /* not the examination's prompts: what is measured there must not set the scale */
+    struct Examination exam = course_examination(course, COURSE_TEST_PROMPTS);
+    exam.scorer = &bare;
+    exam.ref_model = NULL; /* the language model is the reference: its KL would be 0 */
+    exam.prompts = course->prompts;
+    exam.others = course->prompt_others;
+    exam.n = MIN((size_t)COURSE_TEST_PROMPTS, course->prompt_n);
+    struct PolicyResult result = policy_measure(course->language_model, &exam, &arena);
+
+    /* 2. Their mean and deviation. If all are the same, no scale can be told from them: PPO may
+     *    still find an answer that gets another number. */
+    size_t n = scores_given(result.reward, exam.n, result.reward);
+    double deviation = n > 1 ? sqrt(unbiased_variance(result.reward, n)) : 0;
+    if (deviation > 0) {
+        course->program->mean = mean_of(result.reward, n);
+        course->program->std = deviation;
+    } else {
+        warn("--reward_command: gives all %zu answers the same number, or none: unless it tells "
+             "answers apart, nothing can be learnt from it",
+             exam.n);
+    }
+
+    /* 3. It judges alone, or its weighted score is added to the reward model's. */
+    course->scorer.tok = course->tok;
+    course->scorer.program = course->program;
+    memcpy(course->scorer.weight, course->weight, sizeof course->weight);
+    /* without a reward model there is no scale of its own, and course_scorer has not run */
+    if (course->only_program)
+        course->scorer.std = 1;
+    say("2/4 reward program: the language model's answers get %.4g on average, standard deviation "
+        "%.4g: these become 0 and 1\n",
+        course->program->mean, course->program->std);
+    arena_free(&arena);
+}
+
+/* Stage 2: who judges? The reward model, a program, or both. */
+static void course_judges(struct Course *course) {
+    /* the model first: it sets the scale of its own scores, to which a program's are added */
+    if (!course->only_program)
+        course_reward_model(course);
+    if (course->program)
+        course_program(course);
+}
+
 /* Where PPO's answers come from: all prompts, shuffled. Order, lengths and tokens are drawn from
  * three streams of random numbers: another length changes no order. */
 static struct RolloutSource course_rollouts(struct Course *course) {
@@ -11521,6 +11814,7 @@ static struct RolloutSource course_rollouts(struct Course *course) {
      * of a pass: drawing the first prompt starts a new, shuffled one. */
     return (struct RolloutSource){
         .prompts = course->prompts,
+        .others = course->prompt_others,
         .n = n,
         .at = n,
         .order = arena_order(&course->arena, n),
@@ -11585,29 +11879,17 @@ static size_t course_collect(struct Course *course, size_t n, struct Example *pa
         .generation = &generation,
         .num_generations = ANSWERS,
         .scorer = &course->scorer,
+        .others = course->prompt_others,
         .only_ended = only_ended,
     };
     size_t count = collect_preferences(&source, &course->arena, course->prompts, n, &rng, pairs);
     say("4/4 dpo: %zu pairs collected from %zu answers\n", count, n * ANSWERS);
     static const char none[] = "no two of the language model's answers to a prompt could be told "
-                               "apart, or none ended by itself, so no pair could be formed; train "
-                               "it longer (--pretrain_steps)";
-    CHECK(count > 0 || course->dpo_steps == 0, "%s", none);
+                               "apart, or none ended by itself, so no pair could be formed; ";
+    CHECK(count > 0 || course->dpo_steps == 0, "%s%s", none,
+          course->program ? "--reward_command must give one of them a higher number"
+                          : "train it longer (--pretrain_steps)");
     return count;
-}
-
-/* The examination that policies sit, with the first n of its prompts. */
-static struct Examination course_examination(const struct Course *course, size_t n) {
-    /* all policies answer the same prompts with the same random numbers, so that they can be
-     * compared */
-    return (struct Examination){
-        .ref_model = course->language_model,
-        .scorer = &course->scorer,
-        .prompts = course->test_prompts,
-        .n = MIN(n, course->test_n),
-        .generation = course_generation(course, COURSE_MAX_NEW),
-        .seed = course->seed + 1, /* not the random numbers used in training */
-    };
 }
 
 /* best_of_n -- the mean reward of the best of n answers to one prompt.
@@ -11616,15 +11898,49 @@ static struct Examination course_examination(const struct Course *course, size_t
  * By hand: rewards 1, 3, 2, 0: best of 1: 1.5; of 2: (3 + 2) / 2; of 4: 3.    test: best_of_n */
 static float best_of_n(const float *reward, size_t count, size_t n) {
     double sum = 0;
+    size_t groups = 0;
     /* each group of n answers is one try: its best answer is what would be kept */
     for (size_t first = 0; first + n <= count; first += n) {
         float best = reward[first];
         for (size_t i = first; i < first + n; i++)
-            best = MAX(best, reward[i]);
+            if (reward[i] > best || isnan(best))
+                best = reward[i];
+        /* No answer of this group has a score, as a program may give none: there is no best one,
+         * and the mean is that of the other groups. */
+        if (isnan(best))
+            continue;
         sum += best;
+        groups++;
     }
     /* answers that do not fill a group are left out */
-    return (float)(sum / (double)(count / n));
+    return (float)(sum / (double)groups);
+}
+
+/* best_of_n_expected -- the reward of the best of n answers, expected over all ways to choose these
+ * n from the N answers to one prompt.
+ *   sum_i C(i - 1, n - 1) / C(N, n) r_(i)      r_(1) <= ... <= r_(N); C: binomial coefficients
+ * For the i-th smallest is the best of n if the other n - 1 are among the i - 1 below it. Like
+ * best_of_n it is right on average for any n, but it uses each answer in all its groups: for n = 1
+ * it is the mean, for n = N the largest, and in between there is less noise.
+ * What it shows is over-optimisation, beside best_of_n_kl: the reward rises with n, always, because
+ * the best of n is chosen by the judge's own word, and so does the distance from the policy, as
+ * log n. A reward that PPO reaches at a larger KL than best of n was bought too dearly. And what
+ * people think of the answers follows the reward only for a while: a judge that is wrong somewhere
+ * is wrong most where its reward is highest (Gao 2022, Scaling Laws for Reward Model
+ * Overoptimization).
+ * in   reward (N): sorted, none NaN; n: at most N
+ * By hand: rewards 0, 1, 4, best of 2: of {0,1} 1, of {0,4} and {1,4} 4: (1 + 4 + 4) / 3 = 3.
+ *                                                                 test: best_of_n_expected */
+static double best_of_n_expected(const float *reward, size_t N, size_t n) {
+    double expected = 0;
+    /* the largest is the best of n / N of all choices; of what is left, the next one, and so on:
+     * no binomial coefficient is computed, which could overflow */
+    double share = (double)n / (double)N;
+    for (size_t i = N; i >= n; i--) {
+        expected += share * reward[i - 1];
+        share *= i > n ? (double)(i - n) / (double)(i - 1) : 0;
+    }
+    return expected;
 }
 
 /* How much reward is to be had without any training? The language model answers each prompt
@@ -11638,6 +11954,7 @@ static void course_best_of_n(struct Course *course) {
     for (size_t i = 0; i < exam.n * COURSE_BEST_OF; i++)
         prompts[i] = exam.prompts[i / COURSE_BEST_OF];
     exam.prompts = prompts;
+    exam.others = others_of_answers(&arena, exam.others, exam.n, COURSE_BEST_OF);
     exam.n *= COURSE_BEST_OF;
 
     /* 2. Their rewards. The KL need not be measured: best_of_n_kl bounds it. */
@@ -11721,7 +12038,7 @@ static void course_run(struct Course *course, const struct Dataset *data,
 
     /* 2. The three other stages. After each, a policy sits its examination. After the first of
      *    them, which makes scores possible, it is the language model itself: that is "before". */
-    void (*const stage[])(struct Course *) = {course_reward_model, course_ppo, course_dpo};
+    void (*const stage[])(struct Course *) = {course_judges, course_ppo, course_dpo};
     struct GPT2 **const policy[] = {&course->language_model, &course->ppo, &course->dpo};
     for (size_t k = 0; k < COUNT(stage); k++) {
         stage[k](course);
@@ -15317,6 +15634,30 @@ static double json_field_number(const struct Json *item, bool is_label, const ch
     return number;
 }
 
+/* A row's members but prompt and completion, as they stand in its line, each after a comma: digits
+ * that no double holds, spaces and escapes stay, so a reward program sees what its author wrote.
+ * By hand: {"prompt": "3 + 4 =", "answer": 7.0} gives  , "answer": 7.0      test: data_others */
+static struct Text json_others(struct Arena *keep, struct Text line) {
+    struct Arena scratch = {0};
+    line = text_without_mark(text_copy(&scratch, line));
+    struct JsonParser p = {.arena = &scratch, .at = line.data, .end = line.data + line.length};
+    char *others = arena_alloc(&scratch, 2 * line.length + 3, 1); /* "," may become ", " */
+    size_t n = 0;
+    /* the line has been parsed as an object already: nothing here can fail */
+    for (bool more = json_take(&p, '{') && !json_take(&p, '}'); more; more = json_take(&p, ',')) {
+        struct Text key;
+        json_space(&p);
+        const char *start = p.at;
+        if (!json_string(&p, &key) || !json_take(&p, ':') || !json_value(&p))
+            break;
+        if (!text_equal(key, text_of("prompt")) && !text_equal(key, text_of("completion")))
+            n += (size_t)sprintf(others + n, ", %.*s", (int)(p.at - start), start);
+    }
+    struct Text kept = text_copy(keep, (struct Text){others, n});
+    arena_free(&scratch);
+    return kept;
+}
+
 /* Turns one line's object into a row of this shape. Fields that the shape does not use are not
  * checked: `label` may be "pos" where only texts are read. */
 static struct Row dataset_row(struct Arena *keep, const struct Json *json, unsigned shape,
@@ -15514,7 +15855,10 @@ static void dataset_add_file(struct Arena *arena, struct Dataset *data, struct D
         /* 3. It becomes a row. */
         data->shape = shape;
         source->is_read = true;
-        dataset_append(arena, data, dataset_row(arena, json, shape, place));
+        struct Row row = dataset_row(arena, json, shape, place);
+        if (shape & MAY_HAVE(HAS_OTHERS))
+            row.others = json_others(arena, text);
+        dataset_append(arena, data, row);
         arena_reset(&line_arena);
     }
     arena_free(&line_arena);
@@ -16853,8 +17197,8 @@ static void leave_out_heads(struct GPT2 *model) {
  * Chapter 25 - Progress, logs, checkpoints
  *
  * How a run reports to a person (one line on a terminal, redrawn in place), to other programs
- * (trainer_state.json in transformers' form), and to itself (checkpoints, from which it resumes as
- * if it had never stopped, bit for bit).
+ * (trainer_state.json in transformers' form; lines of JSON for a program that judges answers), and
+ * to itself (checkpoints, from which it resumes as if it had never stopped, bit for bit).
  * ============================================================================================= */
 
 /* ---- Messages ------------------------------------------------------------------------------- */
@@ -17882,6 +18226,194 @@ static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n)
     }
 }
 
+/* ---- Programs that judge -------------------------------------------------------------------- */
+
+/* How a program's run ended, and what it wrote. Starting programs differs between systems: the end
+ * of chapter 27 does it. */
+enum { PROGRAM_LONGEST_LINE = 1 << 16 }; /* bytes: far more than any number has */
+struct ProgramRun {
+    enum { PROGRAM_ENDED, PROGRAM_TIMED_OUT, PROGRAM_LINE_ENDLESS, PROGRAM_LINES_TOO_MANY } ending;
+    int error; /* of the system: it could not be started */
+    int status, signal; /* its exit status, or the signal that ended it */
+    size_t lines; /* whole ones */
+    struct Text output;
+};
+static struct ProgramRun program_run(const struct RewardProgram *program, struct Arena *arena,
+                                     const struct Judged *answers, size_t n);
+static void program_check_system(void);
+
+/* command_words -- splits a command line as a shell would, and does nothing else that a shell does:
+ * no variables, no *, no ;. Blanks separate words; inside '...' and "..." they do not. A backslash
+ * takes the next character as it is, but not inside '...'.
+ * By hand: py 'a b' c\ d "" has the words  py, a b, c d  and an empty one.   test: command_words
+ * out  the words, NULL last */
+static char **command_words(struct Arena *arena, const char *command) {
+    size_t length = strlen(command);
+    char **words = arena_alloc(arena, length / 2 + 2, sizeof *words);
+    char *to = arena_alloc(arena, length + 1, 1); /* a blank's place is taken by the word's NUL */
+    size_t n = 0;
+    char quote = 0;
+    bool in_word = false;
+    for (; *command; command++) {
+        /* 1. between words */
+        if (!quote && strchr(" \t\n", *command)) {
+            if (in_word)
+                *to++ = 0;
+            in_word = false;
+            continue;
+        }
+        if (!in_word)
+            words[n++] = to;
+        in_word = true;
+
+        /* 2. a quote opens or closes, and is no part of the word; any other character is */
+        if (quote ? *command == quote : *command == '\'' || *command == '"') {
+            quote = quote ? 0 : *command;
+            continue;
+        }
+        if (*command == '\\' && quote != '\'' && command[1])
+            command++;
+        *to++ = *command;
+    }
+    CHECK(!quote, "--reward_command: a quote %c is not closed", quote);
+    CHECK(n > 0, "--reward_command: a program was expected, found only blanks");
+    *to = 0;
+    words[n] = NULL;
+    return words;
+}
+
+static bool is_program(const char *path) {
+    struct stat s;
+    return stat(path, &s) == 0 && S_ISREG(s.st_mode) && access(path, X_OK) == 0;
+}
+
+/* The path of the program that a command's first word names: with a slash a path, else a file in
+ * one of PATH's folders. If there is none, the program ends here and now, not after an hour's
+ * training. */
+static char *program_find(struct Arena *arena, const char *word) {
+    /* 1. a path */
+    if (strchr(word, '/')) {
+        CHECK(file_exists(word), "--reward_command: %s: %s", word, strerror(errno));
+        CHECK(is_program(word),
+              "--reward_command: %s is no program that may be run; chmod +x it, or name what runs "
+              "it: \"python3 %s\"",
+              word, word);
+        return arena_printf(arena, "%s", word);
+    }
+
+    /* 2. a name; an empty entry of PATH is the current folder */
+    const char *path = getenv("PATH") ? getenv("PATH") : "/usr/bin:/bin";
+    for (;; path++) {
+        size_t length = strcspn(path, ":");
+        const char *slash = length ? "/" : "./";
+        char *file = arena_printf(arena, "%.*s%s%s", (int)length, path, slash, word);
+        if (is_program(file))
+            return file;
+        path += length;
+        CHECK(*path, "--reward_command: there is no program \"%s\" in PATH%s", word,
+              file_exists(word) ? "; for the file in the current folder write ./ before it" : "");
+    }
+}
+
+/* Makes a program of what the user typed. A file whose path is all of it needs no quotes, whatever
+ * blanks are in it. */
+static struct RewardProgram *program_new(struct Arena *arena, const char *command, double timeout) {
+    struct RewardProgram *program = arena_zeros(arena, 1, sizeof *program);
+    *program = (struct RewardProgram){.command = command, .timeout = timeout, .std = 1};
+    program_check_system();
+    if (is_program(command)) {
+        program->words = arena_zeros(arena, 2, sizeof *program->words);
+        program->words[0] = arena_printf(arena, "%s", command);
+    } else {
+        program->words = command_words(arena, command);
+    }
+    program->words[0] = program_find(arena, program->words[0]);
+    return program;
+}
+
+/* The number that a program wrote for an answer, by JSON's rules whatever the locale; NaN for null.
+ * Returns NULL, or what is wrong with the line.                      test: reward_line */
+static const char *reward_line(struct Arena *arena, struct Text line, float *number) {
+    const char *error;
+    size_t where;
+    size_t blanks = strspn(line.data, " \t\r");
+    const struct Json *json = json_parse(arena, line, &error, &where);
+    *number = NAN;
+    if (json && json->type == JSON_NULL)
+        return NULL;
+    if (blanks >= line.length)
+        return "an empty line";
+    /* a score is a float */
+    if (json && json->type == JSON_NUMBER && fabs(json->number) > FLT_MAX)
+        return "a number beyond 3.4e38";
+    if (!json || json->type != JSON_NUMBER)
+        return json ? "other JSON" : "no JSON";
+    *number = (float)json->number;
+    return NULL;
+}
+
+/* Reads the numbers for n answers from what a program wrote. */
+static void program_read(const struct RewardProgram *program, struct Text output, size_t n,
+                         float *number) {
+    enum { SHOWN = 60 }; /* bytes of a wrong line */
+    struct Arena arena = {0};
+    for (size_t i = 0; i < n; i++) {
+        /* 1. the next line; the last one may lack its line break */
+        CHECK(output.length > 0,
+              "--reward_command %s: wrote %zu lines for %zu answers; a number or null was expected "
+              "for each",
+              program->command, i, n);
+        const char *stop = memchr(output.data, '\n', output.length);
+        size_t length = stop ? (size_t)(stop - output.data) : output.length;
+        struct Text line = text_copy(&arena, (struct Text){output.data, length});
+        output.data += length + (stop != NULL);
+        output.length -= length + (stop != NULL);
+
+        /* 2. its number; of a wrong line the beginning is shown */
+        const char *fault = reward_line(&arena, line, &number[i]);
+        CHECK(!fault,
+              "--reward_command %s: line %zu (of %zu answers) is %s: \"%.*s%s\"; a number or null "
+              "was expected",
+              program->command, i + 1, n, fault, (int)MIN(length, (size_t)SHOWN), line.data,
+              length > SHOWN ? "..." : "");
+        arena_reset(&arena);
+    }
+    arena_free(&arena);
+}
+
+/* Judges n answers with a program: see chapter 17. */
+static void program_judge(const struct RewardProgram *program, const struct Judged *answers,
+                          size_t n, float *number) {
+    struct Arena arena = {0};
+    const char *command = program->command;
+    /* 1. The whole conversation: it is over, and the program has ended, when this returns. */
+    struct ProgramRun run = program_run(program, &arena, answers, n);
+
+    /* 2. How did it end? What it wrote counts only if it says itself that all went well. */
+    CHECK(!run.error, "--reward_command %s: cannot be run: %s", command, strerror(run.error));
+    CHECK(run.ending != PROGRAM_TIMED_OUT,
+          "--reward_command %s: was still running after %g seconds, and was ended; give it more "
+          "(--reward_timeout) or smaller batches",
+          command, program->timeout);
+    CHECK(run.ending != PROGRAM_LINE_ENDLESS,
+          "--reward_command %s: line %zu has no end within %d bytes, and the program was ended; a "
+          "number or null was expected",
+          command, run.lines + 1, PROGRAM_LONGEST_LINE);
+    CHECK(run.ending != PROGRAM_LINES_TOO_MANY,
+          "--reward_command %s: wrote more than %zu lines for %zu answers, and was ended; a number "
+          "or null was expected for each, and nothing else (messages belong on stderr)",
+          command, n, n);
+    CHECK(!run.signal, "--reward_command %s: was ended by signal %d (%s)", command, run.signal,
+          strsignal(run.signal));
+    CHECK(run.status == 0,
+          "--reward_command %s: ended with exit status %d, 0 was expected; what it said is above",
+          command, run.status);
+
+    /* 3. the numbers */
+    program_read(program, run.output, n, number);
+    arena_free(&arena);
+}
+
 /* =============================================================================================
  * Chapter 26 - Results: what the course prints and writes; the report
  *
@@ -18296,8 +18828,17 @@ static void course_write_summary(const struct Course *course, double seconds) {
             "\"eval_loss_after\": %s},\n",
             json_number_text(seconds), json_number_text(course->eval_loss_before),
             json_number_text(course->eval_loss_after));
-    fprintf(out.file, "  \"reward_model\": {\"eval_accuracy\": %s},\n",
-            json_number_text(course->eval_accuracy));
+    if (course->only_program)
+        fprintf(out.file, "  \"reward_model\": null,\n");
+    else
+        fprintf(out.file, "  \"reward_model\": {\"eval_accuracy\": %s},\n",
+                json_number_text(course->eval_accuracy));
+    if (course->program) {
+        json_write_string(out.file, "  \"reward_program\": {\"command\": ",
+                          text_of(course->program->command));
+        fprintf(out.file, ", \"mean\": %s, \"std\": %s},\n",
+                json_number_text(course->program->mean), json_number_text(course->program->std));
+    }
     for (size_t k = 0; k < COUNT(course->result); k++) {
         const struct PolicyResult *r = &course->result[k];
         fprintf(out.file, "  \"%s\": {", COURSE_MODEL[k][0]);
@@ -18327,6 +18868,14 @@ static void course_write_reviews(struct Course *course, FILE *f, const char *bef
     json_write_floats(f, before, rewards, count);
 }
 
+/* In what the course measures rewards. */
+static const char *course_unit(const struct Course *course) {
+    if (!course->program)
+        return "standard deviations of real reviews";
+    return course->only_program ? "standard deviations of the language model's answers"
+                                : "(weighted sum of the reward model's and the program's scores)";
+}
+
 /* Writes report.json: what report.html shows besides the logs. */
 static void course_write_report(struct Course *course, double seconds) {
     struct Arena *arena = &course->arena;
@@ -18339,9 +18888,10 @@ static void course_write_report(struct Course *course, double seconds) {
     for (size_t k = 0; k < COUNT(course->result); k++) {
         const struct PolicyResult *r = &course->result[k];
         fprintf(out.file,
-                ",\n  \"%s\": \"reward %+.2f standard deviations of real reviews, KL %.1f nats an "
+                ",\n  \"%s\": \"reward %+.2f %s, KL %.1f nats an "
                 "answer, distinct-2 (different word pairs / all) %.2f, %.1f tokens\"",
-                COURSE_MODEL[k][1], r->mean_reward, r->kl, r->distinct_2, r->mean_length);
+                COURSE_MODEL[k][1], r->mean_reward, course_unit(course), r->kl, r->distinct_2,
+                r->mean_length);
     }
     fputc('}', out.file);
 
@@ -18350,8 +18900,10 @@ static void course_write_report(struct Course *course, double seconds) {
         const char *before = arena_printf(arena, ",\n\"%s\": ", COURSE_MODEL[k][0]);
         json_write_floats(out.file, before, course->result[k].reward, course->test_n);
     }
-    course_write_reviews(course, out.file, ",\n\"disliked\": ", false);
-    course_write_reviews(course, out.file, ",\n\"liked\": ", true);
+    if (!course->only_program) {
+        course_write_reviews(course, out.file, ",\n\"disliked\": ", false);
+        course_write_reviews(course, out.file, ",\n\"liked\": ", true);
+    }
 
     /* 3. The language model's best of n, where training begins to pay. */
     for (size_t n = 1; n <= COURSE_BEST_OF; n *= 2)
@@ -18415,8 +18967,8 @@ static void course_print(struct Course *course) {
                r[k].distinct_2, r[k].mean_length);
 
     /* 3. A command line to go on with, quoted so that it can be pasted into a shell. */
-    printf("\nThe models are in %s/{language_model,reward_model,ppo,dpo}. Try them:\n",
-           course->output_dir);
+    printf("\nThe models are in %s/{language_model,%sppo,dpo}. Try them:\n", course->output_dir,
+           course->only_program ? "" : "reward_model,");
     const char *policy = shell_word(arena, arena_printf(arena, "%s/ppo", course->output_dir));
     printf("  %s generate --model_name_or_path %s --prompt \"The film is\" --do_sample --top_k 0 "
            "--temperature %g",
@@ -18425,9 +18977,10 @@ static void course_print(struct Course *course) {
         printf(" --tokenizer %s", shell_word(arena, course->tokenizer));
     putchar('\n');
     printf("\nThe language model's answers scored %+.2f; after PPO they score %+.2f, after DPO "
-           "%+.2f (standard deviations of the reward of "
-           "real reviews).\n",
-           r[0].mean_reward, r[1].mean_reward, r[2].mean_reward);
+           "%+.2f (%s).\n",
+           r[0].mean_reward, r[1].mean_reward, r[2].mean_reward,
+           course->program ? course_unit(course)
+                           : "standard deviations of the reward of real reviews");
 }
 
 /* =============================================================================================
@@ -18461,6 +19014,11 @@ struct Options {
     struct GenerationConfig generation;
     struct GPT2Config config;
     struct DPOConfig dpo;
+    const char *reward_command, *reward_weights, *best_of_list;
+    double reward_timeout;
+    size_t best_of;
+    struct RewardProgram *program; /* of --reward_command, or NULL */
+    const struct Text *others; /* of the prompts' rows, for the program */
     double center_rewards_coefficient, begin; /* begin: when the command line was given */
     struct LengthSampler input_length, output_length;
     size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, top_n, max_samples;
@@ -18481,6 +19039,7 @@ struct Options {
 #define TRAINING "pretrain, " TUNING
 #define TOOLS "generate, logprob, score, collect, eval"
 #define SAMPLING FROM_ROLLOUTS ", collect, eval"
+#define WITH_PROGRAM "rlhf, generate, " SAMPLING /* --reward_command */
 #define WITH_ADAPTER TUNING ", " TOOLS ", next, merge"
 #define WITH_MODEL "rlhf, pretrain, " WITH_ADAPTER
 #define WITH_DATA "rlhf, " TRAINING ", " TOOLS
@@ -18574,7 +19133,15 @@ static const struct Flag FLAGS[] = {
      "model; training goes on with it"},
     {NAMED(ref_model), &KIND_STRING, WITH_REFERENCE ", explain",
      "folder of the reference model; default: the start model"},
-    {NAMED(reward_model_path), &KIND_STRING, SAMPLING ", explain", "folder of a reward model"},
+    {NAMED(reward_model_path), &KIND_STRING, SAMPLING ", generate, explain",
+     "folder of a reward model"},
+    {NAMED(reward_command), &KIND_STRING, WITH_PROGRAM,
+     "a program that judges, instead of a reward model or beside one: reads JSON Lines (prompt, "
+     "completion, the row's other fields), writes a number or null a line; docs/rewards.md"},
+    {NAMED(reward_weights), &KIND_LIST, WITH_PROGRAM,
+     "weights of the model's and the program's score in their sum: 1 0.5; default: 1 each"},
+    {NAMED(reward_timeout), &KIND_POSITIVE, WITH_PROGRAM,
+     "seconds that the program may take for a batch"},
     HEADING("A new LoRA adapter"),
     {NAMED(use_peft), &KIND_BOOL, TUNING,
      "train a new LoRA adapter instead of the model's weights"},
@@ -18726,6 +19293,11 @@ static const struct Flag FLAGS[] = {
     {OF(generation, do_sample), &KIND_BOOL, "generate",
      "draw tokens instead of taking the likeliest"},
     {OF(generation, num_return_sequences), &KIND_COUNT, "generate", "samples of each prompt"},
+    {NAMED(best_of), &KIND_COUNT, "generate",
+     "write so many samples of each prompt and keep the one with the highest score "
+     "(--reward_model_path, --reward_command)"},
+    {"best_of", AT(best_of_list), &KIND_LIST, "eval",
+     "reward of the best of so many samples, for each number of a list: 1,2,4,8,16"},
     HEADING("What is printed"),
     {NAMED(top_n), &KIND_COUNT, "next, explain", "rows of the table"},
     {NAMED(json), &KIND_BOOL, "exact, generate, next, explain", "one JSON object a line"},
@@ -19015,6 +19587,9 @@ static const unsigned REWARD_SHAPES[] = {SHAPE_MARGIN, SHAPE_RATED, SHAPE_LABELL
 static const unsigned LABELLED_SHAPES[] = {SHAPE_LABELLED};
 static const unsigned RATED_SHAPES[] = {SHAPE_RATED};
 static const unsigned PROMPT_SHAPES[] = {SHAPE_PROMPT, SHAPE_TEXT};
+/* the same for a reward program, which reads the rows' other fields */
+static const unsigned WHOLE_SHAPES[] = {SHAPE_PROMPT | MAY_HAVE(HAS_OTHERS),
+                                        SHAPE_TEXT | MAY_HAVE(HAS_OTHERS)};
 static const unsigned ROLLOUT_SHAPES[] = {SHAPE_ROLLOUT};
 
 /* ---- Commands: tokenize --------------------------------------------------------------------- */
@@ -19277,9 +19852,11 @@ static size_t encode_prompts(struct Options *o, struct Example *prompts) {
     size_t count = 0;
     size_t empty = 0;
     size_t longest = o->model->config.n_positions - 1;
+    struct Text *others = arena_alloc(&o->arena, data->n, sizeof *others);
+    o->others = o->program ? others : NULL;
     for (size_t i = 0; i < data->n && (!o->max_samples || count < o->max_samples); i++) {
         /* 1. The row's ids. */
-        bool whole = data->shape == SHAPE_PROMPT;
+        bool whole = data->shape & HAS_PROMPT;
         struct Example e =
             example_encode(&o->arena, o->tok, whole ? data->rows[i].prompt : data->rows[i].text,
                            o->model->config.vocab_size, NULL);
@@ -19293,10 +19870,12 @@ static size_t encode_prompts(struct Options *o, struct Example *prompts) {
               data->path, i + 1, length, o->model->config.n_positions, longest);
 
         /* 3. A prompt without tokens would give the model nothing to continue. */
-        if (length > 0)
+        if (length > 0) {
+            others[count] = data->rows[i].others;
             prompts[count++] = (struct Example){e.ids, length, length};
-        else
+        } else {
             empty++;
+        }
     }
     CHECK(count > 0, "%s: every prompt is empty", data->path);
     if (empty) {
@@ -19304,6 +19883,40 @@ static size_t encode_prompts(struct Options *o, struct Example *prompts) {
              empty, count + empty);
     }
     return count;
+}
+
+/* The weights of two judges, "MODEL PROGRAM"; 1 each if the flag is not given. */
+static void parse_reward_weights(struct Options *o, double weight[2]) {
+    const char *list = o->reward_weights ? o->reward_weights : "1 1";
+    const char *all = list;
+    for (size_t i = 0; i < 3; i++) {
+        const char *word = take_name(&o->arena, &list);
+        char *end = NULL;
+        double number = word ? strtod(word, &end) : 0;
+        bool good = i == 2 ? !word : word && !*end && fabs(number) <= FLT_MAX;
+        if (!good)
+            die_usage("--reward_weights %s: two numbers were expected, the reward model's weight "
+                      "and the program's",
+                      all);
+        if (i < 2)
+            weight[i] = number;
+    }
+}
+
+/* Opens those who judge answers: the reward model, the program, or both. */
+static struct Scorer open_judges(struct Options *o) {
+    if (o->reward_model_path) {
+        o->reward_model = load_model(o, o->reward_model_path);
+        check_reward_model(o->reward_model, o->reward_model_path);
+    }
+    if (o->reward_command)
+        o->program = program_new(&o->arena, o->reward_command, o->reward_timeout);
+    struct Scorer scorer = {.tok = o->tok, .std = 1};
+    scorer.reward_model = o->reward_model;
+    scorer.program = o->program;
+    parse_reward_weights(o, scorer.weight);
+    note_idle(o, !(o->reward_model && o->program), "reward_weights", "there is only one judge");
+    return scorer;
 }
 
 /* Opens what rollouts come from: the data set's prompts, the model's answers, the reward model's
@@ -19328,20 +19941,17 @@ static struct RolloutSource open_rollouts(struct Options *o) {
     };
     source.generation.do_sample = true;
 
-    /* 2. The reward model. Without one, collect asks a person. */
-    if (o->reward_model_path) {
-        o->reward_model = load_model(o, o->reward_model_path);
-        check_reward_model(o->reward_model, o->reward_model_path);
-    }
-    source.scorer = (struct Scorer){.reward_model = o->reward_model, .tok = o->tok, .std = 1};
+    /* 2. The judges. Without any, collect asks a person. */
+    source.scorer = open_judges(o);
 
     /* 3. Prompts, and how many tokens of the context the longest of them leaves. */
-    open_data(o, PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
-    note_idle(o, o->data->shape == SHAPE_PROMPT, "input_min_text_length, input_max_text_length",
+    open_data(o, o->program ? WHOLE_SHAPES : PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
+    note_idle(o, o->data->shape & HAS_PROMPT, "input_min_text_length, input_max_text_length",
               "the data set's prompts are taken whole");
     struct Example *prompts = arena_alloc(&o->arena, o->data->n, sizeof *prompts);
     source.n = source.at = encode_prompts(o, prompts);
     source.prompts = prompts;
+    source.others = o->others;
     source.room = o->model->config.n_positions;
     source.order = arena_order(&o->arena, source.n);
     for (size_t i = 0; i < source.n; i++)
@@ -19396,7 +20006,7 @@ static void train_on_rollouts(struct Options *o, enum Algorithm algorithm) {
         load_reference(o);
     open_output_dir(o);
 
-    /* 2. Rollouts: stored ones, or prompts and a reward model. */
+    /* 2. Rollouts: stored ones, or prompts and who judges the answers. */
     struct RolloutSource source = {0};
     if (o->rollouts) {
         source.replay = o->data = dataset_load(&o->arena, o->rollouts, ROLLOUT_SHAPES, 1);
@@ -19535,9 +20145,10 @@ static void note_generation_config(struct Options *o) {
         warn("%s: %s: not read; say by flags what generate is to do", path, said);
 }
 
-/* Prints a prompt's continuations as a line of JSON: the new ids and the new text of each. */
+/* Prints a prompt's continuations as a line of JSON: the new ids and the new text of each; with
+ * --best_of also the score of the one that is kept. score: NULL, or that. */
 static void print_generation_json(struct Options *o, struct Text prompt, const struct Sequence *s,
-                                  size_t n) {
+                                  size_t n, const float *score) {
     json_write_string(stdout, "{\"prompt\": ", prompt);
     for (size_t i = 0; i < n; i++) {
         size_t from = s[i].prompt_length;
@@ -19549,6 +20160,8 @@ static void print_generation_json(struct Options *o, struct Text prompt, const s
                                                 o->model->config.vocab_size);
         json_write_string(stdout, i ? ", " : "], \"texts\": [", text);
     }
+    if (score)
+        printf("], \"best_of\": %zu, \"scores\": [%s", o->best_of, json_number_text(*score));
     puts("]}");
 }
 
@@ -19568,9 +20181,72 @@ static void print_generation(struct Options *o, struct Text prompt, const struct
     }
 }
 
+/* Judges each prompt's `each` samples, side by side, and puts the best one first.
+ * in, out  sequences (data->n each); out  score (data->n), of the best; NaN if none has one */
+static void keep_best(struct Options *o, const struct Dataset *data, struct Sequence *sequences,
+                      size_t each, float *score) {
+    size_t n = data->n * each;
+    struct Scorer scorer = open_judges(o);
+    struct Example *answers = sequences_as_examples(&o->arena, sequences, n);
+    struct Text *others = arena_alloc(&o->arena, n, sizeof *others);
+    for (size_t i = 0; i < n; i++) {
+        const struct Row *row = &data->rows[i / each];
+        others[i] = row->others;
+        /* an empty prompt's bos token is no text that anybody asked */
+        if (row->prompt.length == 0)
+            answers[i] = (struct Example){answers[i].ids + 1, answers[i].n - 1, 0};
+    }
+    float *all = arena_floats(&o->arena, n);
+    scorer_score(&scorer, &o->arena, answers, n, &o->model->config, others, all);
+    for (size_t i = 0; i < data->n; i++) {
+        size_t best = i * each;
+        for (size_t k = i * each; k < (i + 1) * each; k++)
+            if (all[k] > all[best] || isnan(all[best]))
+                best = k;
+        sequences[i * each] = sequences[best];
+        score[i] = all[best];
+    }
+}
+
+/* Prints each prompt's samples, or with --best_of the best one and its score. */
+static void print_generations(struct Options *o, const struct Dataset *data,
+                              struct Sequence *sequences, size_t each) {
+    float *score = o->best_of ? arena_floats(&o->arena, data->n) : NULL;
+    if (score)
+        keep_best(o, data, sequences, each, score);
+    for (size_t i = 0; i < data->n; i++) {
+        struct Text prompt = data->rows[i].prompt;
+        const struct Sequence *first = &sequences[i * each];
+        size_t shown = score ? 1 : each;
+        if (score && !o->json)
+            printf("%+.4f  ", score[i]);
+        if (o->json)
+            print_generation_json(o, prompt, first, shown, score ? &score[i] : NULL);
+        else
+            print_generation(o, prompt, first, shown);
+    }
+}
+
+/* --best_of writes so many samples of each prompt; is there somebody to judge them? */
+static void check_best_of(const struct Options *o) {
+    const struct GenerationConfig *g = &o->generation;
+    if (!o->best_of)
+        return;
+    if (!o->reward_model_path && !o->reward_command)
+        die_usage("--best_of: which is the best? --reward_model_path, or --reward_command, is "
+                  "needed");
+    CHECK(g->num_beams == 1 && g->num_return_sequences == 1,
+          "--best_of %zu: it keeps one of several samples; leave out --num_beams and "
+          "--num_return_sequences",
+          o->best_of);
+    CHECK(o->best_of == 1 || g->do_sample,
+          "--best_of %zu: without --do_sample all of them would be the same", o->best_of);
+}
+
 static void command_generate(struct Options *o) {
     struct GenerationConfig *g = &o->generation;
-    size_t each = g->num_return_sequences;
+    size_t each = o->best_of ? o->best_of : g->num_return_sequences;
+    check_best_of(o);
     CHECK(each == 1 || g->do_sample || g->num_beams > 1,
           "--num_return_sequences %zu: without --do_sample or --num_beams all of them would be the "
           "same",
@@ -19588,7 +20264,7 @@ static void command_generate(struct Options *o) {
     struct Row typed = {.prompt = text_of(o->prompt ? o->prompt : "")};
     struct Dataset one = {.rows = &typed, .n = 1};
     if (!o->prompt)
-        open_data(o, PROMPT_SHAPES, 1);
+        open_data(o, o->reward_command ? WHOLE_SHAPES : PROMPT_SHAPES, 1);
     const struct Dataset *data = o->data ? o->data : &one;
 
     /* 2. A sequence for each answer, with its own random numbers: the draws for one do not depend
@@ -19609,12 +20285,8 @@ static void command_generate(struct Options *o) {
 
     /* 3. Write all of them together, so that each step reads the weights once for all. */
     generate(o->model, sequences, data->n * each, g);
-    for (size_t i = 0; i < data->n; i++) {
-        if (o->json)
-            print_generation_json(o, data->rows[i].prompt, &sequences[i * each], each);
-        else
-            print_generation(o, data->rows[i].prompt, &sequences[i * each], each);
-    }
+
+    print_generations(o, data, sequences, each);
 }
 
 /* Prints the tokens that can follow a prompt, the likeliest first. */
@@ -19883,7 +20555,7 @@ static void judged_write(const struct Options *o, const struct Collection *c) {
     output_close(&out);
 }
 
-/* Lets the reward model judge the answers to `n` prompts. */
+/* Lets the reward model or a program judge the answers to `n` prompts. */
 static void collect_scored(struct Options *o, struct Collection *c, const struct Example *prompts,
                            size_t n) {
     struct Example *pairs = arena_alloc(&o->arena, 2 * n, sizeof *pairs);
@@ -19892,6 +20564,7 @@ static void collect_scored(struct Options *o, struct Collection *c, const struct
         .generation = &c->source.generation,
         .num_generations = o->reinforce.num_generations,
         .scorer = &c->source.scorer,
+        .others = c->source.others ? c->source.others + c->done : NULL,
     };
     size_t count = collect_preferences(&source, &o->arena, prompts, n, &c->rng, pairs);
     preferences_add(o, c, pairs, count);
@@ -19980,8 +20653,9 @@ static void command_collect(struct Options *o) {
      *    groups the numbers could differ in the last bit. */
     while (c.done < n) {
         const struct Example *prompts = c.source.prompts + c.done;
-        size_t together = o->reward_model ? MIN(n - c.done, TOGETHER - c.done % TOGETHER) : 1;
-        if (o->reward_model)
+        bool judged = o->reward_model || o->program;
+        size_t together = judged ? MIN(n - c.done, TOGETHER - c.done % TOGETHER) : 1;
+        if (judged)
             collect_scored(o, &c, prompts, together);
         else if (!collect_asked(o, &c, prompts))
             break;
@@ -19993,8 +20667,78 @@ static void command_collect(struct Options *o) {
 
 /* ---- Commands: eval, merge ------------------------------------------------------------------ */
 
+/* The numbers of --best_of, and what each comes to. */
+struct BestOf {
+    size_t count, n[16], most; /* most: the largest of them */
+    double reward[16];
+};
+
+static struct BestOf parse_best_of(struct Options *o) {
+    struct BestOf b = {0};
+    const char *words = o->best_of_list ? o->best_of_list : "";
+    for (const char *word; (word = take_name(&o->arena, &words));) {
+        char *end = NULL;
+        unsigned long n = isdigit((unsigned char)*word) ? strtoul(word, &end, 10) : 0;
+        if (n < 1 || n > 4096 || *end || b.count == COUNT(b.n))
+            die_usage("--best_of %s: up to %zu whole numbers from 1 to 4096 were expected",
+                      o->best_of_list, COUNT(b.n));
+        b.n[b.count++] = n;
+        b.most = MAX(b.most, (size_t)n);
+    }
+    return b;
+}
+
+static int compare_floats(const void *a, const void *b) {
+    float x = *(const float *)a;
+    float y = *(const float *)b;
+    return (x > y) - (x < y);
+}
+
+/* The reward of the best of n answers of a policy, for each n of --best_of. */
+static void measure_best_of(struct Options *o, struct Examination exam, struct BestOf *b) {
+    size_t prompts = exam.n;
+    if (b->count == 0)
+        return;
+    /* 1. Each prompt as often as the largest n wants. */
+    struct Example *each = arena_alloc(&o->arena, prompts * b->most, sizeof *each);
+    for (size_t i = 0; i < prompts * b->most; i++)
+        each[i] = exam.prompts[i / b->most];
+    exam.prompts = each;
+    exam.others = others_of_answers(&o->arena, exam.others, prompts, b->most);
+    exam.n = prompts * b->most;
+    exam.ref_model = NULL;
+    float *reward = policy_measure(o->model, &exam, &o->arena).reward;
+
+    /* 2. Its scores in order; an answer without one cannot be chosen. For each n the mean is over
+     *    the prompts that have so many answers with a score. */
+    size_t counted[COUNT(b->n)] = {0};
+    for (size_t i = 0; i < prompts; i++) {
+        float *own = reward + i * b->most;
+        size_t scored = scores_given(own, b->most, own);
+        qsort(own, scored, sizeof *own, compare_floats);
+        for (size_t k = 0; k < b->count; k++) {
+            if (scored < b->n[k])
+                continue;
+            b->reward[k] += best_of_n_expected(own, scored, b->n[k]);
+            counted[k]++;
+        }
+    }
+    for (size_t k = 0; k < b->count; k++)
+        b->reward[k] /= (double)counted[k];
+}
+
+/* Writes it beside the farthest that the best of n is from the policy: see best_of_n_expected. */
+static void print_best_of(const struct BestOf *b) {
+    for (size_t k = 0; k < b->count; k++)
+        printf("%s{\"n\": %zu, \"reward\": %s, \"kl\": %s}", k ? ", " : ", \"best_of_n\": [",
+               b->n[k], json_number_text(b->reward[k]), json_number_text(best_of_n_kl(b->n[k])));
+    if (b->count)
+        putchar(']');
+}
+
 /* Measures a policy by its answers. */
 static void eval_policy(struct Options *o, struct LogEntry *entry) {
+    struct BestOf best = parse_best_of(o);
     leave_out_reward_head(o->model);
     if (o->ref_model)
         load_reference(o);
@@ -20003,18 +20747,28 @@ static void eval_policy(struct Options *o, struct LogEntry *entry) {
         .ref_model = o->reference,
         .scorer = &source.scorer,
         .prompts = source.prompts,
+        .others = source.others,
         .n = source.n,
         .generation = source.generation,
         .seed = o->train.seed,
     };
     struct PolicyResult result = policy_measure(o->model, &exam, &o->arena);
     log_value(entry, "reward", result.mean_reward);
-    log_value(entry, "reward_std", sqrt(unbiased_variance(result.reward, source.n)));
+    float *given = arena_floats(&o->arena, source.n);
+    size_t n = scores_given(result.reward, source.n, given);
+    log_value(entry, "reward_std", sqrt(unbiased_variance(given, n)));
+    if (n < source.n)
+        log_value(entry, "unscored", (double)(source.n - n));
     log_value(entry, "distinct_2", result.distinct_2);
     log_value(entry, "mean_length", result.mean_length);
     log_value(entry, "samples", (double)source.n);
     if (o->reference)
         log_value(entry, "kl", result.kl);
+    measure_best_of(o, exam, &best);
+    putchar('{');
+    log_write(stdout, entry, ", ");
+    print_best_of(&best);
+    puts("}");
 }
 
 /* Measures a language model by its loss on the tokens on which sft would train. */
@@ -20039,16 +20793,17 @@ static void eval_language(struct Options *o, struct Trainer *trainer, struct Log
     log_value(entry, "tokens", tokens);
 }
 
-/* align eval -- prints one JSON object. With --reward_model_path: the mean reward of a policy's
- * answers, how varied and how long these are, and the policy's distance from --ref_model. For a
- * model with a reward head: how well it orders pairs, rated or labelled texts. Otherwise: the mean
+/* align eval -- prints one JSON object. With --reward_model_path or --reward_command: the mean
+ * reward of a policy's answers, how varied and how long these are, the policy's distance from
+ * --ref_model, and with --best_of what the best of several answers gets. For a model with a reward head: how well it orders pairs, rated or labelled texts. Otherwise: the mean
  * negative log-likelihood of a token and its exponential, the perplexity, which is the number of
  * equally likely tokens that would leave as much doubt. */
 static void command_eval(struct Options *o) {
     struct LogEntry entry = {0};
     struct Trainer trainer = {0};
     open_model(o, false);
-    if (o->reward_model_path) {
+    bool judged = o->reward_model_path || o->reward_command;
+    if (judged) {
         eval_policy(o, &entry);
     } else if (o->model->score.n) {
         /* a reward model: as training measures held-out data */
@@ -20058,9 +20813,11 @@ static void command_eval(struct Options *o) {
     } else {
         eval_language(o, &trainer, &entry);
     }
-    putchar('{');
-    log_write(stdout, &entry, ", ");
-    puts("}");
+    if (!judged) {
+        putchar('{');
+        log_write(stdout, &entry, ", ");
+        puts("}");
+    }
     trainer_free(&trainer);
 }
 
@@ -20240,12 +20997,31 @@ static struct GPT2 *course_new_model(const struct Dataset *data, uint64_t seed) 
     return model;
 }
 
+/* Who judges in the course: the reward model that it trains, --reward_command in its place, or with
+ * --reward_weights both. */
+static void choose_judges(struct Options *o, struct Course *course) {
+    if (o->reward_command)
+        course->program = program_new(&o->arena, o->reward_command, o->reward_timeout);
+    course->only_program = course->program && !o->reward_weights;
+    parse_reward_weights(o, course->weight);
+    note_idle(o, course->only_program, "reward_steps",
+              "--reward_command judges alone; with --reward_weights a reward model is trained too");
+    note_idle(o, !course->program, "reward_weights", "there is no --reward_command");
+
+    /* the report would show its log as this run's */
+    const char *earlier = arena_printf(&o->arena, "%s/reward_model", course->output_dir);
+    if (course->only_program && file_exists(earlier))
+        warn("%s is an earlier run's: --reward_command judges in this one", earlier);
+}
+
 static void command_rlhf(struct Options *o) {
     struct Tokenizer *tok = load_tokenizer(o);
     const char *path = o->dataset_name ? o->dataset_name
                                        : shipped_file(&o->arena, "docs/reviews.jsonl",
                                                       "name data with --dataset_name");
-    struct Dataset *data = o->data = dataset_load(&o->arena, path, RATED_SHAPES, 1);
+    static const unsigned whole[] = {SHAPE_RATED | MAY_HAVE(HAS_OTHERS)};
+    struct Dataset *data = o->data =
+        dataset_load(&o->arena, path, o->reward_command ? whole : RATED_SHAPES, 1);
     struct Course course = {
         .tok = tok,
         .command = o->command,
@@ -20259,6 +21035,8 @@ static void command_rlhf(struct Options *o) {
         .ppo_steps = o->ppo_steps,
         .dpo_steps = o->dpo_steps,
     };
+
+    choose_judges(o, &course);
 
     /* 1. A new model, or an existing one, which is only tuned on these texts, with steps that are
      *    smaller the wider it is. */
@@ -20277,7 +21055,7 @@ static void command_rlhf(struct Options *o) {
     /* 2. Refuse now what would fail only after minutes of training. */
     static const char untrained[] = "--reward_steps 0: an untrained reward model gives every text "
                                     "the same reward; 1 or more steps are needed";
-    CHECK(o->reward_steps > 0, "%s", untrained);
+    CHECK(o->reward_steps > 0 || course.only_program, "%s", untrained);
     static const char *const results[] = {"language_model", "reward_model", "ppo", "dpo"};
     for (size_t i = 0; i < COUNT(results); i++)
         note_replaced(o, arena_printf(&o->arena, "%s/%s", course.output_dir, results[i]));
@@ -20842,7 +21620,7 @@ static struct Rollout *explain_answers(struct Options *o) {
     check_reward_model(o->reward_model, o->reward_model_path);
     struct Scorer scorer = {.reward_model = o->reward_model, .tok = o->tok, .std = 1};
     float scores[2];
-    scorer_score(&scorer, &o->arena, answers, 2, config, scores);
+    scorer_score(&scorer, &o->arena, answers, 2, config, NULL, scores);
     for (size_t i = 0; i < 2; i++)
         rollouts[i].score = scores[i];
     return rollouts;
@@ -21425,9 +22203,11 @@ static void note_idle_flags(struct Options *o, const struct Command *command) {
     const struct GenerationConfig *g = &o->generation;
     bool generates = command->run == command_generate;
     bool smoothing = strstr(o->loss_type, "sigmoid") || strstr(o->loss_type, "robust");
-    const char *fresh = "reward_model_path, dataset_name, top_k, top_p, input_min_text_length, "
+    const char *fresh = "reward_model_path, reward_command, reward_weights, reward_timeout, "
+                        "dataset_name, top_k, top_p, input_min_text_length, "
                         "input_max_text_length, output_min_length, output_max_length";
-    const char *answers = "ref_model, seed, max_samples, max_new_tokens, temperature, top_k, "
+    const char *answers = "best_of, ref_model, seed, max_samples, max_new_tokens, temperature, "
+                          "top_k, "
                           "top_p, input_min_text_length, input_max_text_length";
 
     /* 1. What is trained, and on what. */
@@ -21467,9 +22247,13 @@ static void note_idle_flags(struct Options *o, const struct Command *command) {
     note_idle(o, g->min_new_tokens > g->max_new_tokens, "min_new_tokens",
               "it is above --max_new_tokens, which ends the text");
     note_idle(o, o->prompt, "dataset_name", "--prompt is continued");
-    note_idle(o, o->reward_model_path, "max_length", "answers end at --max_new_tokens");
-    note_idle(o, command->run == command_eval && !o->reward_model_path, answers,
-              "answers are written only for a --reward_model_path");
+    bool judged = o->reward_model_path || o->reward_command;
+    note_idle(o, judged, "max_length", "answers end at --max_new_tokens");
+    note_idle(o, command->run == command_eval && !judged, answers,
+              "answers are written only for a --reward_model_path or a --reward_command");
+    note_idle(o, !o->reward_command, "reward_timeout", "there is no --reward_command");
+    note_idle(o, generates && !o->best_of, "reward_model_path, reward_command, reward_weights",
+              "without --best_of nothing is judged");
 }
 
 /* Takes an argument that is not a flag: a file or a folder, or a word of glossary's term. */
@@ -21526,8 +22310,9 @@ static void check_needed(struct Options *o, const struct Command *command) {
     const char *needs = command->needs;
     for (const char *name; (name = take_name(&o->arena, &needs));) {
         bool stored = o->rollouts && list_has("reward_model_path, dataset_name", name);
-        if (!stored && !given(o, name))
-            die_usage("--%s is needed; see --help", name);
+        bool judge = strcmp(name, "reward_model_path") == 0;
+        if (!stored && !given(o, name) && !(judge && o->reward_command))
+            die_usage("--%s%s is needed; see --help", name, judge ? ", or --reward_command," : "");
     }
 }
 
@@ -21542,6 +22327,7 @@ static struct Options default_options(const char *name) {
         .passed_over = "",
         .lora = {.r = 16, .lora_alpha = 32, .target_modules = "c_attn"},
         .config = {.layer_norm_epsilon = 1e-5f},
+        .reward_timeout = 600,
         .input_length = {2, 8},
         .output_length = {4, 16},
     };
@@ -21753,6 +22539,261 @@ static size_t peak_rss_bytes(void) {
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);
     return (size_t)usage.ru_maxrss * RSS_UNIT;
+}
+#endif
+
+/* ---- Programs, where a system has them */
+
+#if defined(_WIN32) || defined(__wasm__)
+static void program_check_system(void) {
+    die("--reward_command: programs can be started on Linux, macOS and other POSIX systems; here "
+        "only a reward model judges (--reward_model_path)");
+}
+
+static struct ProgramRun program_run(const struct RewardProgram *program, struct Arena *arena,
+                                     const struct Judged *answers, size_t n) {
+    (void)program, (void)arena, (void)answers, (void)n;
+    return (struct ProgramRun){.error = ENOSYS};
+}
+#else
+extern char **environ;
+
+static void program_check_system(void) {
+}
+
+/* A running program: its process, which leads a group of its own, and our ends of three pipes; -1:
+ * closed. */
+struct Talk {
+    pid_t pid;
+    int in, out, err;
+    struct Text input; /* what it has not read yet */
+    char *output; /* what it has written */
+    size_t used, capacity, line_start;
+    struct ProgramRun run;
+};
+
+/* Signals that end the program: it must not leave a judge behind. */
+static const int ENDING_SIGNALS[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT};
+static void (*volatile earlier_handler[COUNT(ENDING_SIGNALS)])(int);
+static volatile pid_t judging; /* the judge's process group */
+
+/* Ctrl-C while a program judges. In a training the first one waits for the end of the step as
+ * elsewhere (chapter 25). Otherwise the judge is ended, then the program. */
+static void interrupt_judging(int signal_number) {
+    for (size_t i = 0; i < COUNT(ENDING_SIGNALS); i++) {
+        if (signal_number != ENDING_SIGNALS[i] || earlier_handler[i] != interrupt)
+            continue;
+        interrupted = 1;
+        earlier_handler[i] = SIG_DFL;
+        return;
+    }
+    kill(-judging, SIGKILL);
+    signal(signal_number, SIG_DFL);
+    raise(signal_number);
+}
+
+static void judging_begin(pid_t pid) {
+    judging = pid;
+    for (size_t i = 0; i < COUNT(ENDING_SIGNALS); i++) {
+        earlier_handler[i] = signal(ENDING_SIGNALS[i], interrupt_judging);
+        /* nohup: what is ignored stays ignored */
+        if (earlier_handler[i] == SIG_IGN)
+            signal(ENDING_SIGNALS[i], SIG_IGN);
+    }
+}
+
+static void judging_end(void) {
+    for (size_t i = 0; i < COUNT(ENDING_SIGNALS); i++)
+        signal(ENDING_SIGNALS[i], earlier_handler[i]);
+}
+
+/* What a program reads, as JSON Lines. */
+static struct Text program_input(struct Arena *arena, const struct Judged *answers, size_t n) {
+    char *buffer = NULL;
+    size_t length = 0;
+    FILE *file = open_memstream(&buffer, &length);
+    CHECK(file, "out of memory");
+    for (size_t i = 0; i < n; i++) {
+        json_write_string(file, "{\"prompt\": ", answers[i].prompt);
+        json_write_string(file, ", \"completion\": ", answers[i].completion);
+        fwrite(answers[i].others.data, 1, answers[i].others.length, file);
+        fputs("}\n", file);
+    }
+    CHECK(fclose(file) == 0, "out of memory");
+    struct Text input = text_copy(arena, (struct Text){buffer, length});
+    free(buffer);
+    return input;
+}
+
+/* Closes our end of a pipe, if it is open. */
+static void talk_close(int *end) {
+    if (*end >= 0)
+        close(*end);
+    *end = -1;
+}
+
+/* Makes a pipe; ours: which end (0 reads, 1 writes) stays here, and must never block. No other
+ * program inherits either end: it would keep the pipe open. */
+static bool talk_pipe(int ends[2], int ours) {
+    if (pipe(ends) != 0) {
+        ends[0] = ends[1] = -1;
+        return false;
+    }
+    fcntl(ends[0], F_SETFD, FD_CLOEXEC);
+    fcntl(ends[1], F_SETFD, FD_CLOEXEC);
+    return fcntl(ends[ours], F_SETFL, O_NONBLOCK) == 0;
+}
+
+/* Starts the program with the three pipes as its standard streams; returns an error, or 0. */
+static int talk_start(struct Talk *t, char **words, const int in[2], const int out[2],
+                      const int err[2]) {
+    posix_spawn_file_actions_t streams;
+    posix_spawnattr_t how;
+    sigset_t usual;
+    sigset_t none;
+    /* 1. Signals as a program expects to find them: a training ignores SIGPIPE. A group of its own,
+     *    so that it can be ended together with all that it has started, and so that Ctrl-C in the
+     *    terminal does not reach it. */
+    sigemptyset(&none);
+    sigemptyset(&usual);
+    sigaddset(&usual, SIGPIPE);
+    sigaddset(&usual, SIGXFSZ);
+    posix_spawnattr_init(&how);
+    posix_spawnattr_setflags(&how, POSIX_SPAWN_SETPGROUP | POSIX_SPAWN_SETSIGDEF
+                                       | POSIX_SPAWN_SETSIGMASK);
+    posix_spawnattr_setpgroup(&how, 0);
+    posix_spawnattr_setsigdefault(&how, &usual);
+    posix_spawnattr_setsigmask(&how, &none);
+
+    /* 2. Its streams. The run's own files, which have the lowest numbers, are none of its business:
+     *    it must not hold a log open. */
+    posix_spawn_file_actions_init(&streams);
+    posix_spawn_file_actions_adddup2(&streams, in[0], 0);
+    posix_spawn_file_actions_adddup2(&streams, out[1], 1);
+    posix_spawn_file_actions_adddup2(&streams, err[1], 2);
+    for (int fd = 3; fd < 256; fd++)
+        fcntl(fd, F_SETFD, FD_CLOEXEC);
+    int error = posix_spawn(&t->pid, words[0], &streams, &how, words, environ);
+    posix_spawn_file_actions_destroy(&streams);
+    posix_spawnattr_destroy(&how);
+    return error;
+}
+
+/* Writes as much as the pipe takes. A program that reads no more, or has ended, gets no more: that
+ * is no error if it writes its numbers. */
+static void talk_write(struct Talk *t) {
+    ssize_t n = write(t->in, t->input.data, t->input.length);
+    if (n < 0 && errno != EAGAIN && errno != EINTR)
+        talk_close(&t->in);
+    if (n > 0)
+        t->input = (struct Text){t->input.data + n, t->input.length - (size_t)n};
+    if (t->input.length == 0)
+        talk_close(&t->in);
+}
+
+/* Reads what the program has written, and watches that there is an end to it. */
+static void talk_read(struct Talk *t, size_t answers) {
+    t->output = grow(t->output, t->used, &t->capacity, 1);
+    ssize_t n = read(t->out, t->output + t->used, t->capacity - t->used);
+    if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR))
+        talk_close(&t->out);
+    if (n <= 0)
+        return;
+    for (size_t end = t->used + (size_t)n; t->used < end; t->used++) {
+        if (t->run.lines == answers)
+            t->run.ending = PROGRAM_LINES_TOO_MANY;
+        else if (t->used - t->line_start >= PROGRAM_LONGEST_LINE)
+            t->run.ending = PROGRAM_LINE_ENDLESS;
+        if (t->run.ending != PROGRAM_ENDED)
+            return;
+        if (t->output[t->used] != '\n')
+            continue;
+        t->run.lines++;
+        t->line_start = t->used + 1;
+    }
+}
+
+/* Hands on what the program says on stderr; a progress line makes room for it. */
+static void talk_hand_on(struct Talk *t) {
+    char chunk[4096];
+    ssize_t n = read(t->err, chunk, sizeof chunk);
+    if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR))
+        talk_close(&t->err);
+    if (n <= 0)
+        return;
+    progress_clear();
+    fwrite(chunk, 1, (size_t)n, stderr);
+}
+
+/* Has the program ended? It is not reaped yet: until then nobody else can get its number. */
+static bool talk_ended(const struct Talk *t) {
+    siginfo_t info = {0};
+    return waitid(P_PID, (id_t)t->pid, &info, WEXITED | WNOHANG | WNOWAIT) != 0
+           || info.si_pid == t->pid;
+}
+
+/* Talks to the program until it has ended, and all that it wrote is read, or until it has used up
+ * its time or our patience. Both directions at once: whoever writes first and reads later would
+ * wait for ever for a program that does the same. */
+static void talk(struct Talk *t, double deadline, size_t answers) {
+    while (t->run.ending == PROGRAM_ENDED) {
+        /* asked before the pipes are, so that nothing can come after what is read then */
+        bool ended = talk_ended(t);
+        struct pollfd ends[] = {{t->in, POLLOUT, 0}, {t->out, POLLIN, 0}, {t->err, POLLIN, 0}};
+        int ready = poll(ends, COUNT(ends), ended ? 0 : t->out < 0 ? 2 : 20);
+        if (ready > 0 && ends[0].revents)
+            talk_write(t);
+        if (ready > 0 && ends[1].revents)
+            talk_read(t, answers);
+        if (ready > 0 && ends[2].revents)
+            talk_hand_on(t);
+        if (ended && ready == 0)
+            return;
+        if (seconds_now() > deadline && t->run.ending == PROGRAM_ENDED)
+            t->run.ending = PROGRAM_TIMED_OUT;
+    }
+}
+
+/* Runs a program on n answers. When this returns, neither it nor anything that it has started (and
+ * that has not left its group) is there any more, and all pipes are closed. */
+static struct ProgramRun program_run(const struct RewardProgram *program, struct Arena *arena,
+                                     const struct Judged *answers, size_t n) {
+    struct Talk t = {.input = program_input(arena, answers, n)};
+    int in[2] = {-1, -1};
+    int out[2] = {-1, -1};
+    int err[2] = {-1, -1};
+    /* 1. A program that has ended must not end us when we write to it. */
+    void (*broken_pipe)(int) = signal(SIGPIPE, SIG_IGN);
+    bool piped = talk_pipe(in, 1) && talk_pipe(out, 0) && talk_pipe(err, 0);
+    t.run.error = piped ? talk_start(&t, program->words, in, out, err) : errno;
+    talk_close(&in[0]);
+    talk_close(&out[1]);
+    talk_close(&err[1]);
+    t.in = in[1];
+    t.out = out[0];
+    t.err = err[0];
+
+    /* 2. What comes of it. The group is ended before its leader is reaped, since its number could
+     *    then be another's. */
+    if (!t.run.error) {
+        int status = 0;
+        judging_begin(t.pid);
+        talk(&t, seconds_now() + program->timeout, n);
+        kill(-t.pid, SIGKILL);
+        while (waitpid(t.pid, &status, 0) < 0 && errno == EINTR)
+            continue;
+        judging_end();
+        t.run.status = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
+        t.run.signal = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
+    }
+    talk_close(&t.in);
+    talk_close(&t.out);
+    talk_close(&t.err);
+    signal(SIGPIPE, broken_pipe);
+    if (t.output)
+        t.run.output = text_copy(arena, (struct Text){t.output, t.used});
+    free(t.output);
+    return t.run;
 }
 #endif
 
