@@ -1260,7 +1260,7 @@ struct GRPOConfig {
     size_t num_generations; /* answers to each prompt: a group */
     size_t num_iterations; /* how many updates use the same answers */
     size_t max_completion_length; /* tokens of an answer, at most */
-    double beta; /* weight of the KL to the reference in the loss [glossary: Parâmetro Beta (β)] */
+    double beta; /* weight of the KL in the loss     [glossary: Parâmetro Beta (β)] */
     bool use_bias_correction_kl; /* that KL times the ratio: see grpo_token_loss */
     double epsilon, epsilon_high; /* the clip: 1 - epsilon <= ratio <= 1 + epsilon_high */
     enum GRPOLossType loss_type;
@@ -1359,7 +1359,8 @@ struct GRPOTokenLoss {
  *                          test: grpo_token_loss, grpo_loss_golden; gdb: break grpo_token_loss */
 static struct GRPOTokenLoss grpo_token_loss(const struct GRPOConfig *config, double log_ratio,
                                             double advantage, double logprob, double ref_logprob) {
-    /* 1. The ratio, and the larger of two losses, as in ppo_token_loss. */
+    /* 1. The ratio, and the larger of two losses, as in ppo_token_loss. The slope is that by the
+     *    log ratio: d ratio / d log_ratio = ratio, so the plain loss is its own derivative. */
     double ratio = exp(log_ratio);
     double lowest = 1 - config->epsilon;
     double highest = 1 + config->epsilon_high;
@@ -1435,6 +1436,7 @@ static double grpo_answer_loss(const struct GRPOConfig *config, struct GRPOAnswe
     double n = (double)answer->length;
     double mean = 0;
     for (size_t t = 0; t < answer->length; t++)
+        /* 0 at the first update, when the policy is still the one that wrote it */
         mean += ((double)answer->logprobs[t] - answer->old_logprobs[t]) / n;
 
     /* 2. token by token */
@@ -9848,6 +9850,7 @@ static void grpo_begin_batch(struct RolloutTrainer *trainer, const struct Rollou
         p->longest_prompt = MAX(p->longest_prompt, rollouts[i].example.prompt_length);
     }
     p->start[n] = p->R;
+    /* filled in by grpo_forward, micro-batch after micro-batch */
     p->logprobs = arena_floats(arena, p->R);
     if (trainer->grpo.beta > 0)
         p->ref_logprobs = arena_floats(arena, p->R);
@@ -9872,6 +9875,7 @@ static void grpo_metrics(struct RolloutTrainer *trainer, const struct GRPOAnswer
     double high = 0;
     double low_min = 1;
     double high_max = 0;
+    /* the answers' ratios, or the tokens': that decides what the shares are of */
     bool whole = trainer->grpo.importance_sampling_level == IMPORTANCE_SAMPLING_SEQUENCE;
     for (size_t i = 0; i < n; i++) {
         /* 1. one answer: its tokens that were clipped */
@@ -9956,7 +9960,7 @@ static struct GRPOAnswer *grpo_answers(struct RolloutTrainer *trainer, const str
     float *dlogprobs = arena_floats(arena, head->R);
     struct GRPOAnswer *answers = arena_alloc(arena, n, sizeof *answers);
     for (size_t i = 0; i < n; i++) {
-        /* a token's place in the batch, and in the micro-batch, whose first token is head's first */
+        /* a token's place in the batch; in the micro-batch, whose first token is head's first */
         size_t in_batch = p->start[first + i];
         size_t here = in_batch - p->start[first];
         answers[i] = (struct GRPOAnswer){
@@ -10010,7 +10014,7 @@ static double grpo_micro_batch(struct RolloutTrainer *trainer, const struct Roll
 /* grpo_step -- one update of the weights; the same rollouts serve num_iterations of them.
  * TRL's GRPOTrainer, but for one thing: TRL shuffles the answers of a batch before it cuts them
  * into micro-batches. That changes no sum, except with loss_type bnpo (see grpo_loss); here they
- * stay in order.                                        test: grpo_step, docs/tools/check_outgrow */
+ * stay in order.                                      test: grpo_step, docs/tools/check_outgrow */
 static void grpo_step(struct RolloutTrainer *trainer, const struct Rollout *rollouts) {
     /* 1. new answers: who was better than its group? */
     trainer->stats.n = 0;
@@ -10151,7 +10155,7 @@ static void rollout_count(const struct RolloutTrainer *trainer, struct TrainerSt
                           const struct Rollout *rollouts, double n) {
     size_t B = trainer->batch_size;
     state->global_step = trainer->step;
-    /* batch_size answers belong to batch_size / num_generations prompts, for num_iterations steps */
+    /* batch_size answers are to batch_size / num_generations prompts, for num_iterations steps */
     double batches = (double)trainer->step / (double)trainer->num_iterations;
     state->epoch = batches * (double)(B / trainer->num_generations) / n;
     if ((trainer->step - 1) % trainer->num_iterations != 0)
@@ -10772,12 +10776,13 @@ static size_t collect_preferences(const struct PreferenceSource *source, struct 
  * Chapter 19 - Exact: a world small enough to enumerate
  *                                            [glossary: Solução em forma fechada]
  *
- * Do PPO, GRPO, DPO and REINFORCE find what chapter 5 says is best? With real text nobody can tell. So
- * here is a world so small that every answer can be written down: a few tokens, a few positions.
- * With 3 tokens and 2 positions there are 9 answers. The best policy is known from its formula, and
- * how close each method comes to it is a sum over all answers: nothing is estimated. PPO, GRPO
- * and REINFORCE themselves see only samples, as with real text; DPO, which samples nothing, sees
- * all pairs. GRPO, it turns out, heads for a slightly different policy: see exact_grpo_limit.
+ * Do PPO, GRPO, DPO and REINFORCE find what chapter 5 says is best? With real text nobody can
+ * tell. So here is a world so small that every answer can be written down: a few tokens, a few
+ * positions. With 3 tokens and 2 positions there are 9 answers. The best policy is known from its
+ * formula, and how close each method comes to it is a sum over all answers: nothing is estimated.
+ * PPO, GRPO and REINFORCE themselves see only samples, as with real text; DPO, which samples
+ * nothing, sees all pairs. GRPO turns out to head for a slightly different policy: see
+ * exact_grpo_limit.
  *
  * What enters: a random reference and a random reward for every answer. What leaves: the optimum,
  * and for the policy that each method reached, its KL to the optimum and its objective.
@@ -10928,7 +10933,7 @@ static void exact_grpo_limit(const struct ExactWorld *w, struct Arena *arena, do
             for (size_t a = 0; a < w->V; a++) {
                 expected += exp(log_pi[a]) * Q[a];
                 mass += exp(ref_next[a]);
-                /* log pi of an answer is the sum over its tokens; `below` answers begin with s, a */
+                /* log pi of an answer is a sum over its tokens; `below` answers begin with s, a */
                 for (size_t i = 0; i < below; i++)
                     logps[(s * w->V + a) * below + i] += log_pi[a];
             }
@@ -11138,6 +11143,7 @@ static struct RolloutTrainer *exact_ppo(const struct ExactWorld *w, struct GPT2 
 /* GRPO's: all answers are one group, and nothing is divided by its deviation. */
 static struct RolloutTrainer *exact_grpo(const struct ExactWorld *w, struct GPT2 *model,
                                          struct TrainingArguments args) {
+    /* beta in J's own sense: divided rewards would need a divided beta */
     struct GRPOConfig config = {
         .num_generations = EXACT_BATCH,
         .num_iterations = 1,
@@ -12095,7 +12101,8 @@ struct Explain {
 };
 
 /* From chapter 27, the fields of an example or of one of its answers: a number, a word, its place
- * among those allowed, a list of numbers, and how many it has; the label of row i; and a field that a topic adds. */
+ * among those allowed, a list of numbers, and how many it has; the label of row i; and a field that
+ * a topic adds. */
 static double get_number(const struct Json *object, const char *name);
 static const char *get_word(const struct Json *object, const char *name);
 static size_t get_choice(const struct Json *object, const char *name, const char *words);
@@ -14121,29 +14128,29 @@ static const char *const GRPO_TEXT[][2] = {
      "mean score of the group does. A says how much better an answer was, and is the same for all "
      "of its tokens. scale_rewards group divides it by the standard deviation of the group's "
      "scores (batch by that of the batch, which is only this group here; none not at all).",
-     "GRPO com algumas respostas a um mesmo prompt, um grupo. Nenhuma cabeça de valor diz o que "
-     "se podia esperar: quem diz é a pontuação média do grupo. A diz quanto a resposta foi "
+     "GRPO com algumas respostas a um mesmo prompt, um grupo. Nenhuma cabeça de valor diz o "
+     "que se podia esperar: quem diz é a pontuação média do grupo. A diz quanto a resposta foi "
      "melhor, e é igual para todos os seus tokens. scale_rewards group divide A pelo desvio "
-     "padrão das pontuações do grupo (batch, pelo do lote, que aqui é só este grupo; none não "
-     "divide)."},
+     "padrão das pontuações do grupo (batch, pelo do lote, que aqui é só este grupo; none "
+     "não divide)."},
     {"The update. ratio and clip are PPO's: how many times as probable a token is now (new) as "
      "when it was written (log pi), believed from 1 - epsilon to 1 + epsilon_high. At the first "
      "update nothing has moved yet: every ratio is 1, each loss is -A, and over answers of one "
      "length they add up to 0. Learning is possible all the same: what counts is the slope. Here "
      "an update has been made.",
-     "A atualização. ratio e corte são os do PPO: quantas vezes mais provável o token é agora "
-     "(new) do que quando foi escrito (log pi), aceito de 1 - epsilon até 1 + epsilon_high. Na "
-     "primeira atualização nada se moveu ainda: toda razão é 1, cada perda é -A, e em respostas "
-     "do mesmo comprimento elas somam 0. Mesmo assim dá para aprender: o que conta é a "
-     "inclinação. Aqui uma atualização já foi feita."},
+     "A atualização. ratio e corte são os do PPO: quantas vezes mais provável o token é "
+     "agora (new) do que quando foi escrito (log pi), aceito de 1 - epsilon até 1 + "
+     "epsilon_high. Na primeira atualização nada se moveu ainda: toda razão é 1, cada perda "
+     "é -A, e em respostas do mesmo comprimento elas somam 0. Mesmo assim dá para aprender: o "
+     "que conta é a inclinação. Aqui uma atualização já foi feita."},
     {"kl estimates how far the policy is from the reference: k3, never negative. In PPO it is paid "
      "as part of the rewards; here it is part of the loss, beta times, and has a slope of its own, "
      "which pulls the token towards the reference even where the ratio is clipped. slope is the "
      "derivative of the mean loss by new; a step goes against it.",
-     "kl estima a que distância da referência a política está: k3, nunca negativo. No PPO ele é "
-     "pago como parte das recompensas; aqui é parte da perda, vezes beta, e tem inclinação "
-     "própria, que puxa o token para a referência mesmo onde a razão é cortada. inclin. é a "
-     "derivada da perda média em relação a new; um passo vai contra ela."},
+     "kl estima a que distância da referência a política está: k3, nunca negativo. No PPO "
+     "ele é pago como parte das recompensas; aqui é parte da perda, vezes beta, e tem "
+     "inclinação própria, que puxa o token para a referência mesmo onde a razão é cortada. "
+     "inclin. é a derivada da perda média em relação a new; um passo vai contra ela."},
     {"The loss is a mean over tokens; loss_type says which. dapo and bnpo: every token counts "
      "alike (they differ only where a step has several parts). grpo: the mean of the answers' "
      "means, so a token of a long answer counts less. dr_grpo: divided by the number of answers "
@@ -14156,6 +14163,7 @@ static const char *const GRPO_TEXT[][2] = {
 
 /* The example's settings. */
 static struct GRPOConfig explain_grpo_config(const struct Json *example, size_t answers) {
+    /* words become enums; what the example leaves open is as in a step of its own */
     size_t loss_type = get_choice(example, "loss_type", GRPO_LOSS_NAMES);
     size_t scale_rewards = get_choice(example, "scale_rewards", SCALE_REWARDS_NAMES);
     return (struct GRPOConfig){
@@ -14193,6 +14201,7 @@ static struct GRPOCells grpo_cells(struct Explain *x, const struct Answers *a,
     struct GRPOTokenLoss *tokens = arena_zeros(x->arena, a->R, sizeof *tokens);
     float *dlogprobs = arena_floats(x->arena, a->R);
     for (size_t b = 0; b < a->n; b++)
+        /* its tokens, in the lists of all */
         c.answers[b] = (struct GRPOAnswer){
             .length = a->start[b + 1] - a->start[b],
             .advantage = advantages[b],
@@ -14260,6 +14269,7 @@ static void tell_grpo_token(struct Explain *x, const struct Answers *a, const st
     double A = c->advantage[t];
     double lowest = 1 - c->config.epsilon;
     double highest = 1 + c->config.epsilon_high;
+    /* recomputed, since grpo_token_loss keeps it to itself */
     double near = MAX(lowest, MIN(highest, c->ratio[t]));
     /* PPO's part */
     line(x, "\n  %s", first_label(x, a, t));
@@ -14280,6 +14290,7 @@ static void tell_grpo_kl(struct Explain *x, const struct Answers *a, const struc
     double A = c->advantage[t];
     double near = MAX(1 - c->config.epsilon, MIN(1 + c->config.epsilon_high, c->ratio[t]));
     bool is_corrected = c->config.use_bias_correction_kl;
+    /* from the two log-probabilities to k3, and with it to the loss */
     line(x, "\n  %s", first_label(x, a, t));
     formula(x, "d     = log ref - new", "kl_k3");
     line(x, "        = %s - %s = %s", D(c->ref_logprobs[t]), OP(c->new_logprobs[t]), D(d));
@@ -20795,9 +20806,10 @@ static void eval_language(struct Options *o, struct Trainer *trainer, struct Log
 
 /* align eval -- prints one JSON object. With --reward_model_path or --reward_command: the mean
  * reward of a policy's answers, how varied and how long these are, the policy's distance from
- * --ref_model, and with --best_of what the best of several answers gets. For a model with a reward head: how well it orders pairs, rated or labelled texts. Otherwise: the mean
- * negative log-likelihood of a token and its exponential, the perplexity, which is the number of
- * equally likely tokens that would leave as much doubt. */
+ * --ref_model, and with --best_of what the best of several answers gets. For a model with a reward
+ * head: how well it orders pairs, rated or labelled texts. Otherwise: the mean negative
+ * log-likelihood of a token and its exponential, the perplexity, which is the number of equally
+ * likely tokens that would leave as much doubt. */
 static void command_eval(struct Options *o) {
     struct LogEntry entry = {0};
     struct Trainer trainer = {0};
@@ -22197,18 +22209,35 @@ static int take_flag(struct Options *o, const struct Command *command, char **ar
 
 /* ---- Flags without effect ------------------------------------------------------------------- */
 
+/* The flags about the text that is generated. */
+static void note_idle_generation(struct Options *o, const struct Command *command) {
+    const struct GenerationConfig *g = &o->generation;
+    bool generates = command->run == command_generate;
+    const char *answers = "best_of, ref_model, seed, max_samples, max_new_tokens, temperature, "
+                          "top_k, top_p, input_min_text_length, input_max_text_length";
+    note_idle(o, generates && !g->do_sample, "temperature, top_k, top_p, seed",
+              "without --do_sample nothing is drawn");
+    note_idle(o, generates && g->num_beams == 1, "length_penalty, early_stopping",
+              "there are no beams (--num_beams)");
+    note_idle(o, g->min_new_tokens > g->max_new_tokens, "min_new_tokens",
+              "it is above --max_new_tokens, which ends the text");
+    note_idle(o, o->prompt, "dataset_name", "--prompt is continued");
+    bool judged = o->reward_model_path || o->reward_command;
+    note_idle(o, judged, "max_length", "answers end at --max_new_tokens");
+    note_idle(o, command->run == command_eval && !judged, answers,
+              "answers are written only for a --reward_model_path or a --reward_command");
+    note_idle(o, !o->reward_command, "reward_timeout", "there is no --reward_command");
+    note_idle(o, generates && !o->best_of, "reward_model_path, reward_command, reward_weights",
+              "without --best_of nothing is judged");
+}
+
 /* Notes each flag that has no effect together with the other flags given, and why. */
 static void note_idle_flags(struct Options *o, const struct Command *command) {
     const struct TrainingArguments *train = &o->train;
-    const struct GenerationConfig *g = &o->generation;
-    bool generates = command->run == command_generate;
     bool smoothing = strstr(o->loss_type, "sigmoid") || strstr(o->loss_type, "robust");
     const char *fresh = "reward_model_path, reward_command, reward_weights, reward_timeout, "
                         "dataset_name, top_k, top_p, input_min_text_length, "
                         "input_max_text_length, output_min_length, output_max_length";
-    const char *answers = "best_of, ref_model, seed, max_samples, max_new_tokens, temperature, "
-                          "top_k, "
-                          "top_p, input_min_text_length, input_max_text_length";
 
     /* 1. What is trained, and on what. */
     note_idle(o, !o->use_peft, "lora_r, lora_alpha, lora_dropout, lora_target_modules, use_rslora",
@@ -22238,22 +22267,7 @@ static void note_idle_flags(struct Options *o, const struct Command *command) {
               "--adap_kl_ctrl false keeps the coefficient as it is");
     note_idle(o, !o->ppo.early_stopping, "target_kl", "--early_stopping is not given");
     note_idle(o, !o->ppo.use_score_scaling, "use_score_norm", "--use_score_scaling is not given");
-
-    /* 3. What text is generated. */
-    note_idle(o, generates && !g->do_sample, "temperature, top_k, top_p, seed",
-              "without --do_sample nothing is drawn");
-    note_idle(o, generates && g->num_beams == 1, "length_penalty, early_stopping",
-              "there are no beams (--num_beams)");
-    note_idle(o, g->min_new_tokens > g->max_new_tokens, "min_new_tokens",
-              "it is above --max_new_tokens, which ends the text");
-    note_idle(o, o->prompt, "dataset_name", "--prompt is continued");
-    bool judged = o->reward_model_path || o->reward_command;
-    note_idle(o, judged, "max_length", "answers end at --max_new_tokens");
-    note_idle(o, command->run == command_eval && !judged, answers,
-              "answers are written only for a --reward_model_path or a --reward_command");
-    note_idle(o, !o->reward_command, "reward_timeout", "there is no --reward_command");
-    note_idle(o, generates && !o->best_of, "reward_model_path, reward_command, reward_weights",
-              "without --best_of nothing is judged");
+    note_idle_generation(o, command);
 }
 
 /* Takes an argument that is not a flag: a file or a folder, or a word of glossary's term. */
