@@ -10462,7 +10462,7 @@ static bool starts_word(const struct Tokenizer *tok, size_t V, int id) {
  * good nor bad English, and a scorer has hardly ever read one.
  * in, out  answer: longer than its prompt; one that ended by itself, or with . ! or ?, stays whole
  * By hand: of the answer " f|il|ms| are| dis|p" (six tokens) " f|il|ms| are" is left, four; but
- * " f|il|ms|." stays.                                                     test: whole_words */
+ * " are| f|il|ms|." stays.                                                test: whole_words */
 static void whole_words(const struct Tokenizer *tok, const struct GPT2Config *policy,
                         struct Example *answer) {
     size_t V = policy->vocab_size;

@@ -5865,9 +5865,9 @@ static void test_whole_words(void) {
         whole_words(tokenizer, &policy, &e);
         expect_count(cases[i].what, e.n - e.prompt_length, cases[i].length);
     }
-    struct Example sentence = {(int[]){464, 277, 346, 907, 13}, 5, 1};
+    struct Example sentence = {(int[]){464, 389, 277, 346, 907, 13}, 6, 1};
     whole_words(tokenizer, &policy, &sentence);
-    expect_count("a sentence", sentence.n, 5);
+    expect_count("| are| f|il|ms|.", sentence.n, 6);
     struct Example text = {ids, COUNT(ids), 0};
     expect_count("after | f: up to | are", prompt_end(&course, &text, 2), 4);
     expect_count("after |ms: there", prompt_end(&course, &text, 4), 4);
