@@ -10579,7 +10579,7 @@ enum {
     COURSE_FEW_PROMPTS = 64, /* of these, for measurements on the way */
     COURSE_BEST_OF = 16, /* answers to a prompt, of which the best counts */
     COURSE_LONG_WORD = 6, /* tokens within which a prompt's last word should end */
-    COURSE_MAX_NEW = 28, /* tokens of an answer in an examination */
+    COURSE_MAX_NEW = 48, /* tokens of an answer in an examination: nine of ten end by themselves */
     COURSE_LEAST_LENGTH = 10, /* an answer that ends with fewer tokens is penalized */
     COURSE_PREFIX = 20, /* tokens of the beginnings by which rewards are scaled: course_scorer */
     COURSE_TOKENS_A_STEP = 512 /* in the language model's training */
@@ -10742,7 +10742,12 @@ static struct GenerationConfig course_generation(const struct Course *course,
 }
 
 /* Stage 1: a language model, from random weights or from those of a given folder. It is the start
- * of both policies, and their reference. */
+ * of both policies, and their reference.
+ * Why these settings? Bits a character on held-out texts, the lower the better: 3200 steps 1.927,
+ * 2000 steps 1.966, since what the model lacks is practice. In the time of those 2000 steps a
+ * vocabulary of 2049 ids, whose steps are cheaper, reaches 1.977 with 2800, and inputs of which a
+ * tenth are exchanged for others, a guard against learning by heart, 2.012. After 600 steps:
+ * 2.141; 1200 steps of half as many tokens 2.149; first weights from N(0, 0.05^2) 2.159. */
 static void course_language_model(struct Course *course, double learning_rate) {
     /* 1. Rows fill the context; the longer they are, the fewer a step has, for as many tokens. */
     size_t rows = MAX((size_t)1, COURSE_TOKENS_A_STEP / course->language_model->config.n_positions);
@@ -20055,7 +20060,7 @@ static const struct Command {
     const char *defaults; /* those that are the command's own: a name, a value, ... */
 } COMMANDS[] = {
     {"rlhf", "the whole course: language model, reward model, PPO, DPO", command_rlhf, "",
-     "temperature 0.7, output_dir out, pretrain_steps 2000, reward_steps 450, ppo_steps 85, "
+     "temperature 0.7, output_dir out, pretrain_steps 3200, reward_steps 450, ppo_steps 85, "
      "dpo_steps 150"},
     {"tokenize", "[FILE]: text (or standard input) to ids; --decode: ids to text", command_tokenize,
      "", "vocab_size 50257"},
