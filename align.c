@@ -11370,6 +11370,39 @@ static double response_kl(const struct GPT2 *policy, const struct GPT2 *ref_mode
     return total / (double)n;
 }
 
+/* Whether a text can be cut before a token without cutting a word. GPT-2's tokens have the space in
+ * front of a word as their first byte. */
+static bool starts_word(const struct Tokenizer *tok, size_t V, int id) {
+    struct Text token = tokenizer_decode(tok, id, V);
+    /* a padded vocabulary has ids without a text */
+    return token.length > 0 && isspace((unsigned char)token.data[0]);
+}
+
+/* whole_words -- cuts an answer that the limit of tokens ended, so that it ends where a word or a
+ * sentence does. What is left is what the scorer judges and what is shown: half a word is neither
+ * good nor bad English, and a scorer has hardly ever read one.
+ * in, out  answer: longer than its prompt; one that ended by itself, or with . ! or ?, stays whole
+ * By hand: of the answer " f|il|ms| are| dis|p" (six tokens) " f|il|ms| are" is left, four; but
+ * " are| f|il|ms|." stays.                                                test: whole_words */
+static void whole_words(const struct Tokenizer *tok, const struct GPT2Config *policy,
+                        struct Example *answer) {
+    size_t V = policy->vocab_size;
+    if (example_ended(answer, policy->eos_token_id))
+        return;
+    /* 1. the end of a sentence: the token's last byte says so */
+    struct Text token = tokenizer_decode(tok, answer->ids[answer->n - 1], V);
+    if (token.length > 0 && memchr(".!?", token.data[token.length - 1], 3))
+        return;
+
+    /* 2. Nobody knows whether the last word was complete: the token that would tell was not drawn.
+     *    So it goes. A single word, which may be a text in a script without spaces, stays. */
+    size_t end = answer->n - 1;
+    while (end > answer->prompt_length && !starts_word(tok, V, answer->ids[end]))
+        end--;
+    if (end > answer->prompt_length)
+        answer->n = end;
+}
+
 /* The examination that policies sit: the same prompts, sampling and scorer for all. Their KL is
  * measured from ref_model; NULL: it is not measured. */
 struct Examination {
@@ -11406,6 +11439,8 @@ static struct PolicyResult policy_measure(const struct GPT2 *policy, const struc
      *    numbers, so differences are due to the policies. */
     struct Rng rng = rng_seed(exam->seed, STREAM_SAMPLE);
     result.answers = sample_answers(policy, arena, exam->prompts, n, 1, &exam->generation, &rng);
+    for (size_t i = 0; i < n; i++)
+        whole_words(exam->scorer->tok, &policy->config, &result.answers[i]);
 
     /* 2. the answers as text, and their mean length in tokens, end token not counted */
     for (size_t i = 0; i < n; i++) {
@@ -11473,7 +11508,8 @@ enum {
     COURSE_TEST_PROMPTS = 256,
     COURSE_FEW_PROMPTS = 64, /* of these, for measurements on the way */
     COURSE_BEST_OF = 16, /* answers to a prompt, of which the best counts */
-    COURSE_MAX_NEW = 28, /* tokens of an answer in an examination */
+    COURSE_LONG_WORD = 6, /* tokens within which a prompt's last word should end */
+    COURSE_MAX_NEW = 48, /* tokens of an answer in an examination: nine of ten end by themselves */
     COURSE_LEAST_LENGTH = 10, /* an answer that ends with fewer tokens is penalized */
     COURSE_PREFIX = 20, /* tokens of the beginnings by which rewards are scaled: course_scorer */
     COURSE_TOKENS_A_STEP = 512 /* in the language model's training */
@@ -11481,20 +11517,43 @@ enum {
 
 static const struct LengthSampler COURSE_PROMPT_LENGTH = {2, 8};
 
-/* Prompts: the beginnings of texts, 2 to 7 tokens, never a whole text; one per text, and no more
- * than `most`. Returns how many. */
-static size_t course_prompts(const struct Example *texts, size_t n, size_t most, struct Rng *rng,
-                             struct Example *prompts) {
+/* prompt_end -- where a text's beginning of about `length` tokens ends so that no word is cut: at
+ * the next word's start, or, if that is far away or the text's end is nearer, at the last one's. A
+ * prompt cut inside a word asks for a spelling, not for an opinion, and is no English to look at.
+ * By hand: "The| f|il|ms| are| dis|p|ir|ited", end: length 2, after " f": 4, where " are" starts.
+ * Length 6, after " dis": no word starts behind it: 5. A text without spaces: as it was.
+ *                                                                         test: whole_words */
+static size_t prompt_end(const struct Course *course, const struct Example *text, size_t length) {
+    /* 1. Forward, over the rest of the word. One longer than this may be a script without spaces;
+     *    the end token, the text's last, starts no word. */
+    size_t limit = MIN(text->n - 1, length + COURSE_LONG_WORD);
+    for (size_t t = length; t < limit; t++)
+        if (starts_word(course->tok, course->vocab_size, text->ids[t]))
+            return t;
+
+    /* 2. else back to where this word began */
+    for (size_t t = length; t-- > 1;)
+        if (starts_word(course->tok, course->vocab_size, text->ids[t]))
+            return t;
+    return length;
+}
+
+/* Prompts: the beginnings of texts, 2 to 7 tokens and the rest of their last word, never a whole
+ * text; one per text, and no more than `most`. Returns how many. */
+static size_t course_prompts(const struct Course *course, const struct Example *texts, size_t n,
+                             size_t most, struct Rng *rng, struct Example *prompts) {
     /* in the order of the texts, which the split has shuffled already */
     size_t count = 0;
     for (size_t i = 0; i < n && count < most; i++) {
         /* drawn for every text, even one that is too short: otherwise a short text would shift the
          * lengths of all that follow */
         size_t length = length_sampler(&COURSE_PROMPT_LENGTH, rng);
+        if (texts[i].n <= length + 1)
+            continue;
         /* the ids are shared with the text; all of them are prompt (prompt_length), since nothing
          * is to be learnt from them */
-        if (texts[i].n > length + 1)
-            prompts[count++] = (struct Example){texts[i].ids, length, length};
+        size_t end = prompt_end(course, &texts[i], length);
+        prompts[count++] = (struct Example){texts[i].ids, end, end};
     }
     return count;
 }
@@ -11571,11 +11630,11 @@ static void course_split(struct Course *course, const struct Dataset *data) {
 
     /* 3. Prompts from both parts: those that policies practise on, and those of the examination. */
     course->prompts = arena_alloc(arena, course->train_n, sizeof *course->prompts);
-    course->prompt_n =
-        course_prompts(course->train, course->train_n, course->train_n, &rng, course->prompts);
+    course->prompt_n = course_prompts(course, course->train, course->train_n, course->train_n, &rng,
+                                      course->prompts);
     course->test_prompts = arena_alloc(arena, course->held_out_n, sizeof *course->test_prompts);
-    course->test_n = course_prompts(course->held_out, course->held_out_n, COURSE_TEST_PROMPTS, &rng,
-                                    course->test_prompts);
+    course->test_n = course_prompts(course, course->held_out, course->held_out_n,
+                                    COURSE_TEST_PROMPTS, &rng, course->test_prompts);
     course->test_others = course_others(course, course->held_out, course->others,
                                         course->test_prompts, course->test_n);
     course->prompt_others =
@@ -11643,7 +11702,12 @@ static struct GenerationConfig course_generation(const struct Course *course,
 }
 
 /* Stage 1: a language model, from random weights or from those of a given folder. It is the start
- * of both policies, and their reference. */
+ * of both policies, and their reference.
+ * Why these settings? Bits a character on held-out texts, the lower the better: 3200 steps 1.927,
+ * 2000 steps 1.966, since what the model lacks is practice. In the time of those 2000 steps a
+ * vocabulary of 2049 ids, whose steps are cheaper, reaches 1.977 with 2800, and inputs of which a
+ * tenth are exchanged for others, a guard against learning by heart, 2.012. After 600 steps:
+ * 2.141; 1200 steps of half as many tokens 2.149; first weights from N(0, 0.05^2) 2.159. */
 static void course_language_model(struct Course *course, double learning_rate) {
     /* 1. Rows fill the context; the longer they are, the fewer a step has, for as many tokens. */
     size_t rows = MAX((size_t)1, COURSE_TOKENS_A_STEP / course->language_model->config.n_positions);
@@ -18976,7 +19040,9 @@ static void course_print(struct Course *course) {
         for (size_t k = 0; k < COUNT(course->result); k++) {
             printf("    %-7s%+5.2f  ", COURSE_MODEL[k][0], r[k].reward[i]);
             print_plain(r[k].texts[i]);
-            putchar('\n');
+            /* like the beginnings: dots where the limit of tokens ended it */
+            bool ended = example_ended(&r[k].answers[i], r[k].policy->config.eos_token_id);
+            puts(ended ? "" : " ...");
         }
     }
 
@@ -21920,7 +21986,7 @@ static const struct Command {
     const char *defaults; /* those that are the command's own: a name, a value, ... */
 } COMMANDS[] = {
     {"rlhf", "the whole course: language model, reward model, PPO, DPO", command_rlhf, "",
-     "temperature 0.7, output_dir out, pretrain_steps 2000, reward_steps 450, ppo_steps 85, "
+     "temperature 0.7, output_dir out, pretrain_steps 3200, reward_steps 450, ppo_steps 85, "
      "dpo_steps 150"},
     {"tokenize", "[FILE]: text (or standard input) to ids; --decode: ids to text", command_tokenize,
      "", "vocab_size 50257"},

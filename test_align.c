@@ -6792,6 +6792,37 @@ static void test_evaluation(void) {
     expect_true("no pair that far", isnan(pair_accuracy((float[]){1, 2}, (double[]){1, 2}, 2, 5)));
 }
 
+/* Prompts and answers of the course end where a word does; by hand, in tokens. */
+static void test_whole_words(void) {
+    /* The| f|il|ms| are| dis|p|ir|ited, the end token of 1025 ids last */
+    int ids[] = {464, 277, 346, 907, 389, 595, 79, 343, 863, 1024};
+    static const struct {
+        size_t n, prompt_length, length;
+        const char *what;
+    } cases[] = {
+        {7, 1, 4, " f|il|ms| are, without | dis|p"},
+        {10, 1, 9, "ended by itself"},
+        {4, 1, 3, "a single word"},
+        {5, 4, 1, "a single word of one token"},
+    };
+    struct GPT2Config policy = {.vocab_size = 1025, .eos_token_id = 1024};
+    struct Course course = {.tok = tokenizer, .vocab_size = 1025};
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct Example e = {ids, cases[i].n, cases[i].prompt_length};
+        whole_words(tokenizer, &policy, &e);
+        expect_count(cases[i].what, e.n - e.prompt_length, cases[i].length);
+    }
+    struct Example sentence = {(int[]){464, 389, 277, 346, 907, 13}, 6, 1};
+    whole_words(tokenizer, &policy, &sentence);
+    expect_count("| are| f|il|ms|.", sentence.n, 6);
+    struct Example text = {ids, COUNT(ids), 0};
+    expect_count("after | f: up to | are", prompt_end(&course, &text, 2), 4);
+    expect_count("after |ms: there", prompt_end(&course, &text, 4), 4);
+    expect_count("after | dis: back to it", prompt_end(&course, &text, 6), 5);
+    struct Example one_word = {(int[]){464, 79, 343, 863, 79, 343, 863, 79, 343, 1024}, 10, 0};
+    expect_count("no space at all", prompt_end(&course, &one_word, 2), 2);
+}
+
 /* The KL of a whole answer, and at each position, against transformers. */
 static void test_evaluation_kl(void) {
     static const double golden_kl[] = {0.0143286111, 0.0267592594, 0.0317655057, 0.0250713639,
@@ -10899,6 +10930,7 @@ static const struct {
     {"best_of_n", test_best_of_n},
     {"best_of_n_expected", test_best_of_n_expected},
     {"evaluation", test_evaluation},
+    {"whole_words", test_whole_words},
     {"evaluation_kl", test_evaluation_kl},
     {"explain_example", test_explain_example},
     {"explain_again", test_explain_again},
