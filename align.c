@@ -32,7 +32,7 @@
  *     1 Ground: errors, random numbers        7 Byte-pair encoding
  *     2 Probability                           8 Batches
  *     3 Preferences: Bradley-Terry            9 Matrix product
- *     4 Policy gradient: KL, GAE, PPO        10 Layers, forward and backward
+ *     4 Policy gradient: PPO, GRPO           10 Layers, forward and backward
  *     5 DPO and the closed form              11 GPT-2, its output layer and heads
  *     6 Choosing a token                     12 LoRA
  *                                            13 Writing: sampling, beam search
@@ -40,7 +40,7 @@
  *    14 Optimizer, schedule, Trainer         22 Files, JSON
  *    15 Language model, SFT                  23 Data sets, tokenizer.bin
  *    16 Reward model                         24 safetensors, model and adapter folders
- *    17 Rollouts, REINFORCE, PPO             25 Progress, logs, checkpoints
+ *    17 Rollouts, REINFORCE, PPO, GRPO       25 Progress, logs, checkpoints
  *    18 DPO, collected preferences           26 Results
  *    19 Exact: a world to enumerate          27 Command line, main
  *    20 The whole course (rlhf)
@@ -62,6 +62,7 @@
  *   ppo_token_loss          why PPO clips, and where the gradient is zero
  *   ppo_value_loss          how the value head learns what to expect
  *   ppo_loss                both, as means over the tokens of a mini-batch
+ *   grpo_advantages         the value head replaced by the mean of several answers
  *   exact_optimum           the best policy there is, in closed form                     chapter 5
  *   dpo_pair_loss           the same optimum from pairs alone
  *   ppo_rewards             where penalty and score reach the tokens of real answers     chapter 17
@@ -1222,6 +1223,7 @@ static struct PPOLoss ppo_loss(const struct PPOConfig *config, struct PPOTokens 
  *                default beta is 0, and there is no reference at all
  *   kept         the ratio and its clip, since a batch may serve num_iterations updates
  * In the chapter's terms: REINFORCE with a baseline from the group, plus PPO's clip.
+ *                                       [glossary: Otimização relativa ao grupo (GRPO)]
  *
  * Is the loss of the first update, 0 or nearly so, a fault? No: then every ratio is 1, each token's
  * loss is minus the advantage of its answer, and the advantages of a group add up to 0. (Where
@@ -8176,7 +8178,7 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
 }
 
 /* =============================================================================================
- * Chapter 17 - Rollouts, REINFORCE, PPO              [glossary: Gradiente de política]
+ * Chapter 17 - Rollouts, REINFORCE, PPO, GRPO        [glossary: Gradiente de política]
  *
  * Chapter 4 on a real model: how does a language model learn from the scores of its own answers?
  * A step of PPO, as TRL 0.11 takes it:
@@ -11473,7 +11475,7 @@ struct Course {
     const char *output_dir, *command, *data;
     const char *tokenizer; /* --tokenizer, or NULL if it was found by itself */
     uint64_t seed;
-    size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, vocab_size;
+    size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, grpo_steps, vocab_size;
     double temperature; /* of all sampling */
     double scale; /* of learning rates: 1 for a new, narrow model */
     struct Example *train, *held_out; /* token ids of the rated texts, end token last */
@@ -11489,10 +11491,11 @@ struct Course {
     double weight[2]; /* of the two, if both judge */
     struct Text *others, *prompt_others, *test_others; /* of the texts' rows; NULL: no program */
     size_t prompt_n, test_n;
-    struct GPT2 *language_model, *reward_model, *ppo, *dpo;
+    struct GPT2 *language_model, *reward_model, *ppo, *dpo, *grpo;
     struct Scorer scorer;
     float *held_out_reward;
-    struct PolicyResult result[3]; /* before, ppo, dpo */
+    size_t policies; /* 3, or with grpo_steps 4: */
+    struct PolicyResult result[4]; /* before, ppo, dpo, grpo */
     float *best_of; /* (COURSE_BEST_OF) mean reward of the best of 1, 2, 4 .. answers, at n - 1 */
     double eval_loss_before, eval_loss_after, eval_accuracy;
 };
@@ -11938,6 +11941,35 @@ static void course_ppo(struct Course *course) {
     rollout_trainer_free(ppo);
 }
 
+/* GRPO on the same prompts with the same judge, if --grpo_steps asks for it: as many answers a step
+ * as PPO has, in groups of 8. */
+static void course_grpo(struct Course *course) {
+    course->grpo = gpt2_copy(course->language_model);
+    struct GRPOConfig config = {
+        .num_generations = 8,
+        .num_iterations = 1,
+        .max_completion_length = 28,
+        .epsilon = 0.2,
+        .epsilon_high = 0.2,
+        .loss_type = GRPO_LOSS_DAPO,
+        .scale_rewards = SCALE_REWARDS_GROUP,
+        .beta = 0.04,
+        .use_bias_correction_kl = true,
+        /* a model of 64 positions knows best what it has read at the beginning */
+        .padding_side = PADDING_RIGHT,
+    };
+    struct Trainer trainer = course_trainer(course, course->grpo, 1e-3, course->grpo_steps, 64, 5);
+    trainer.args.logging_steps = 1;
+    struct RolloutTrainer *grpo = grpo_trainer_new(course->grpo, course->language_model, config,
+                                                   trainer.args, course->temperature);
+    grpo->tok = course->tok;
+    struct RolloutSource source = course_rollouts(course);
+    rollout_train(grpo, &source, course->grpo_steps,
+                  arena_printf(&course->arena, "%s/grpo", course->output_dir), &trainer.state);
+    course_finish(course, "grpo", &trainer);
+    rollout_trainer_free(grpo);
+}
+
 /* Collects pairs from the language model's own answers, with the scorer in the place of a person.
  * [glossary: Coleta de dados] pairs: room for 2n examples; returns how many pairs. */
 static size_t course_collect(struct Course *course, size_t n, struct Example *pairs) {
@@ -12117,9 +12149,11 @@ static void course_run(struct Course *course, const struct Dataset *data,
 
     /* 2. The three other stages. After each, a policy sits its examination. After the first of
      *    them, which makes scores possible, it is the language model itself: that is "before". */
-    void (*const stage[])(struct Course *) = {course_judges, course_ppo, course_dpo};
-    struct GPT2 **const policy[] = {&course->language_model, &course->ppo, &course->dpo};
-    for (size_t k = 0; k < COUNT(stage); k++) {
+    void (*const stage[])(struct Course *) = {course_judges, course_ppo, course_dpo, course_grpo};
+    struct GPT2 **const policy[] = {&course->language_model, &course->ppo, &course->dpo,
+                                    &course->grpo};
+    course->policies = course->grpo_steps ? COUNT(stage) : COUNT(stage) - 1;
+    for (size_t k = 0; k < course->policies; k++) {
         stage[k](course);
         struct Examination exam = course_examination(course, course->test_n);
         course->result[k] = policy_measure(*policy[k], &exam, &course->arena);
@@ -18588,7 +18622,10 @@ static void exact_print(const struct ExactWorld *w, bool json) {
 static const char *shipped_path(struct Arena *arena, const char *name);
 
 /* The models that the course compares: their names in its files, and in headings. */
-static const char *const COURSE_MODEL[][2] = {{"before", "Before"}, {"ppo", "PPO"}, {"dpo", "DPO"}};
+static const char *const COURSE_MODEL[][2] = {{"before", "Before"},
+                                              {"ppo", "PPO"},
+                                              {"dpo", "DPO"},
+                                              {"grpo", "GRPO"}};
 
 /* The files of a run that its page shows, those that exist: of the run itself, and of the stages of
  * rlhf. */
@@ -18599,6 +18636,7 @@ static const char *const REPORT_FILE[] = {
     "reward_model/trainer_state.json",
     "ppo/trainer_state.json",
     "dpo/trainer_state.json",
+    "grpo/trainer_state.json",
     "trace.jsonl",
     "ppo/trace.jsonl",
 };
@@ -18894,7 +18932,7 @@ static void course_write_answer(struct Course *course, FILE *f, const struct Pol
 /* Writes a prompt and each model's answer, as text (samples.jsonl) or by tokens (report.json). */
 static void course_write_sample(struct Course *course, FILE *f, size_t i, bool tokens) {
     json_write_string(f, "{\"prompt\": ", course_prompt(course, i));
-    for (size_t k = 0; k < COUNT(course->result); k++) {
+    for (size_t k = 0; k < course->policies; k++) {
         fprintf(f, ", \"%s\": ", COURSE_MODEL[k][0]);
         if (tokens)
             course_write_answer(course, f, &course->result[k], i);
@@ -18923,7 +18961,7 @@ static void course_write_summary(const struct Course *course, double seconds) {
         fprintf(out.file, ", \"mean\": %s, \"std\": %s},\n",
                 json_number_text(course->program->mean), json_number_text(course->program->std));
     }
-    for (size_t k = 0; k < COUNT(course->result); k++) {
+    for (size_t k = 0; k < course->policies; k++) {
         const struct PolicyResult *r = &course->result[k];
         fprintf(out.file, "  \"%s\": {", COURSE_MODEL[k][0]);
         /* the others are compared with result 0, the language model from which they started */
@@ -18969,7 +19007,7 @@ static void course_write_report(struct Course *course, double seconds) {
         report_begin(course->output_dir, course->command, data, course->language_model, seconds);
 
     /* 1. Facts, in words: after those of report_begin, a line for each model. */
-    for (size_t k = 0; k < COUNT(course->result); k++) {
+    for (size_t k = 0; k < course->policies; k++) {
         const struct PolicyResult *r = &course->result[k];
         fprintf(out.file,
                 ",\n  \"%s\": \"reward %+.2f %s, KL %.1f nats an "
@@ -18980,7 +19018,7 @@ static void course_write_report(struct Course *course, double seconds) {
     fputc('}', out.file);
 
     /* 2. Rewards, for the histograms. */
-    for (size_t k = 0; k < COUNT(course->result); k++) {
+    for (size_t k = 0; k < course->policies; k++) {
         const char *before = arena_printf(arena, ",\n\"%s\": ", COURSE_MODEL[k][0]);
         json_write_floats(out.file, before, course->result[k].reward, course->test_n);
     }
@@ -19037,7 +19075,7 @@ static void course_print(struct Course *course) {
         printf("\n  ");
         print_plain(course_prompt(course, i));
         printf(" ...\n");
-        for (size_t k = 0; k < COUNT(course->result); k++) {
+        for (size_t k = 0; k < course->policies; k++) {
             printf("    %-7s%+5.2f  ", COURSE_MODEL[k][0], r[k].reward[i]);
             print_plain(r[k].texts[i]);
             /* like the beginnings: dots where the limit of tokens ended it */
@@ -19048,7 +19086,7 @@ static void course_print(struct Course *course) {
 
     /* 2. Figures: the reward, next to what it may have cost. */
     printf("\n%zu held-out beginnings   reward      KL  distinct-2  length\n", course->test_n);
-    for (size_t k = 0; k < COUNT(course->result); k++)
+    for (size_t k = 0; k < course->policies; k++)
         printf("  %-20s  %+8.2f%8.1f%12.2f%8.1f\n", COURSE_MODEL[k][0], r[k].mean_reward, r[k].kl,
                r[k].distinct_2, r[k].mean_length);
 
@@ -19107,7 +19145,7 @@ struct Options {
     const struct Text *others; /* of the prompts' rows, for the program */
     double center_rewards_coefficient, begin; /* begin: when the command line was given */
     struct LengthSampler input_length, output_length;
-    size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, top_n, max_samples;
+    size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, grpo_steps, top_n, max_samples;
     bool json, jsonl, decode, help, quiet, use_peft;
     bool given[MOST_FLAGS]; /* which of FLAGS are on the command line */
     const char *passed_over; /* a list: flags of other programs on the command line */
@@ -19397,6 +19435,7 @@ static const struct Flag FLAGS[] = {
     {NAMED(reward_steps), &KIND_SIZE, "rlhf", "of the reward model"},
     {NAMED(ppo_steps), &KIND_SIZE, "rlhf", "of PPO"},
     {NAMED(dpo_steps), &KIND_SIZE, "rlhf", "of DPO"},
+    {NAMED(grpo_steps), &KIND_SIZE, "rlhf", "of GRPO, beside them; 0: none"},
 };
 
 _Static_assert(COUNT(FLAGS) <= MOST_FLAGS, "Options must note which flags are given");
@@ -21122,6 +21161,7 @@ static void command_rlhf(struct Options *o) {
         .reward_steps = o->reward_steps,
         .ppo_steps = o->ppo_steps,
         .dpo_steps = o->dpo_steps,
+        .grpo_steps = o->grpo_steps,
     };
 
     choose_judges(o, &course);
@@ -21144,7 +21184,7 @@ static void command_rlhf(struct Options *o) {
     static const char untrained[] = "--reward_steps 0: an untrained reward model gives every text "
                                     "the same reward; 1 or more steps are needed";
     CHECK(o->reward_steps > 0 || course.only_program, "%s", untrained);
-    static const char *const results[] = {"language_model", "reward_model", "ppo", "dpo"};
+    static const char *const results[] = {"language_model", "reward_model", "ppo", "dpo", "grpo"};
     for (size_t i = 0; i < COUNT(results); i++)
         note_replaced(o, arena_printf(&o->arena, "%s/%s", course.output_dir, results[i]));
     CHECK(model->config.n_positions >= 48, "%s: a context of %zu tokens; rlhf needs 48 or more",

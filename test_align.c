@@ -4971,7 +4971,7 @@ static void test_reward_company(void) {
 }
 
 /* =============================================================================================
- * Chapter 17 - Rollouts, REINFORCE, PPO
+ * Chapter 17 - Rollouts, REINFORCE, PPO, GRPO
  *
  * The functions of chapter 4 on a model: each figure of a step by another way, gradients by
  * central differences, and a made-up reward that every method raises.
