@@ -864,7 +864,9 @@ enum Baseline {
  * The baselines of whole answers:
  *   none   b = 0
  *   mean   b = the mean R of all earlier steps
- *   rloo   b = the mean R of the other answers to the same prompt (leave one out)      [23] */
+ *   rloo   b = the mean R of the other answers to the same prompt (leave one out)      [23]
+ * TRL 1.16's RLOOTrainer with num_iterations 1 takes the same step, but logs another loss: that of
+ * ratios, -A ratio, clipped; all ratios are 1, and the advantages of a prompt add up to 0. */
 
 struct ReinforceConfig {
     enum Baseline baseline;

@@ -10200,6 +10200,12 @@ static void test_cli_grpo_resume(void) {
             expect_close("kl", json_get(got, "kl")->number, json_get(want, "kl")->number, 0);
         expect_true("as many entries", !got && !want);
     }
+    interrupted = 1;
+    expect_end("stopped where the answers are used up", run_command,
+               words_of(formatted("%s @g_stop --tokenizer @tokenizer.bin", run)), 1,
+               "interrupted after step 2 of 6");
+    interrupted = 0;
+    expect_true("not before", !file_exists(temporary("g_stop/checkpoint-1")));
 }
 
 /* eval of a language model, of a reward model, and of a policy beside its reference. */

@@ -17,8 +17,10 @@ import sys
 from dataclasses import dataclass
 from itertools import cycle, islice
 from typing import Optional
+from unittest.mock import patch
 
 from datasets import Dataset
+from peft import PeftModel
 from transformers import AutoModelForCausalLM, HfArgumentParser
 from trl import GRPOConfig, GRPOTrainer, ModelConfig, RLOOConfig, RLOOTrainer, get_peft_config
 from trl.trainer import grpo_trainer, rloo_trainer
@@ -30,9 +32,8 @@ class Files:
     reward_model_path: Optional[str] = None
     dataset_name: Optional[str] = None  # JSON Lines with `prompt`
     rollouts: Optional[str] = None  # JSON Lines with `query_ids`, `response_ids`, `score`
-    # of `align reinforce`: the answers of a step, and the one baseline that TRL has
-    batch_size: Optional[int] = None
-    baseline: str = "rloo"
+    peft_adapter: Optional[str] = None  # go on with one; its reference is a copy
+    baseline: str = "rloo"  # of `align reinforce`; TRL has no other
 
 
 def read(path):
@@ -43,10 +44,13 @@ def read(path):
 def replaying(trainer_class, module, rows):
     """The trainer that takes stored answers in place of its own, and leaves them in their order:
     TRL shuffles the answers of a step before it cuts them into micro-batches."""
-    module.shuffle_sequence_dict = lambda batch: batch
     rows = cycle(rows)
 
     class Replay(trainer_class):
+        def _prepare_inputs(self, batch):
+            with patch.object(module, "shuffle_sequence_dict", lambda batch: batch):
+                return super()._prepare_inputs(batch)
+
         def _tokenize_prompts(self, prompts):
             self.rollouts = list(islice(rows, len(prompts)))
             return [row["query_ids"] for row in self.rollouts], None, {}
@@ -70,10 +74,10 @@ def main(words):
         else (rloo_trainer, RLOOTrainer, RLOOConfig)
     )
     parser = HfArgumentParser((Files, config_class, ModelConfig))
+    # the answers of a step, as `align reinforce` calls them
+    other_name = {"--batch_size": "--per_device_train_batch_size"}
+    words = [other_name.get(word, word) for word in words]
     files, config, model = parser.parse_args_into_dataclasses(words[1:])
-    if files.batch_size:
-        config.per_device_train_batch_size = files.batch_size
-        config.generation_batch_size = files.batch_size
     if files.baseline != "rloo":
         sys.exit("--baseline %s: TRL has rloo alone" % files.baseline)
     config.model_init_kwargs = {"dtype": model.dtype}
@@ -92,8 +96,13 @@ def main(words):
         prompts = [row["prompt"] for row in read(files.dataset_name)]
 
     # 2. The training.
+    policy = model.model_name_or_path
+    if files.peft_adapter:
+        policy = AutoModelForCausalLM.from_pretrained(policy, dtype=model.dtype)
+        policy = PeftModel.from_pretrained(policy, files.peft_adapter, is_trainable=True)
+        config.model_init_kwargs = None
     trainer = trainer_class(
-        model=model.model_name_or_path,
+        model=policy,
         reward_funcs=judge,
         args=config,
         train_dataset=Dataset.from_dict({"prompt": prompts}),
