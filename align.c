@@ -1236,30 +1236,12 @@ static struct PPOLoss ppo_loss(const struct PPOConfig *config, struct PPOTokens 
  * A group whose answers all score the same, all right or all wrong, teaches nothing: all its
  * advantages are 0. frac_reward_zero_std is the share of such answers. */
 
-/* What an answer's distance from its group's mean is divided by. */
-#define SCALE_REWARDS_NAMES "group, batch, none"
-enum ScaleRewards {
-    SCALE_REWARDS_GROUP, /* the group's standard deviation: every group counts alike */
-    SCALE_REWARDS_BATCH, /* that of all answers of the batch */
-    SCALE_REWARDS_NONE, /* nothing */
-};
-
-/* Over what the tokens' losses are averaged: see grpo_token_share. */
-#define GRPO_LOSS_NAMES "grpo, bnpo, dr_grpo, dapo"
-enum GRPOLossType {
-    GRPO_LOSS_GRPO,
-    GRPO_LOSS_BNPO,
-    GRPO_LOSS_DR_GRPO,
-    GRPO_LOSS_DAPO,
-};
-
-/* Whose probability the ratio compares: each token's, or that of the answer as a whole. */
-enum ImportanceSamplingLevel {
-    IMPORTANCE_SAMPLING_TOKEN,
-    IMPORTANCE_SAMPLING_SEQUENCE,
-};
-
 /* GRPOConfig of TRL 1.16, in its names. */
+#define GRPO_LOSS_NAMES "grpo, bnpo, dr_grpo, dapo"
+#define SCALE_REWARDS_NAMES "group, batch, none"
+enum GRPOLossType { GRPO_LOSS_GRPO, GRPO_LOSS_BNPO, GRPO_LOSS_DR_GRPO, GRPO_LOSS_DAPO };
+enum ScaleRewards { SCALE_REWARDS_GROUP, SCALE_REWARDS_BATCH, SCALE_REWARDS_NONE };
+enum ImportanceSamplingLevel { IMPORTANCE_SAMPLING_TOKEN, IMPORTANCE_SAMPLING_SEQUENCE };
 struct GRPOConfig {
     size_t num_generations; /* answers to each prompt: a group */
     size_t num_iterations; /* how many updates use the same answers */
@@ -1267,9 +1249,9 @@ struct GRPOConfig {
     double beta; /* weight of the KL in the loss     [glossary: Parâmetro Beta (β)] */
     bool use_bias_correction_kl; /* that KL times the ratio: see grpo_token_loss */
     double epsilon, epsilon_high; /* the clip: 1 - epsilon <= ratio <= 1 + epsilon_high */
-    enum GRPOLossType loss_type;
-    enum ScaleRewards scale_rewards;
-    enum ImportanceSamplingLevel importance_sampling_level;
+    enum GRPOLossType loss_type; /* over what the loss is averaged: see grpo_token_share */
+    enum ScaleRewards scale_rewards; /* whose standard deviation the advantages are divided by */
+    enum ImportanceSamplingLevel importance_sampling_level; /* a ratio for each token, or answer */
     enum PaddingSide { PADDING_LEFT, PADDING_RIGHT } padding_side; /* see grpo_pad_left */
 };
 
