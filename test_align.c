@@ -8921,7 +8921,7 @@ static void test_cli_errors(void) {
         {2, "--output_dir \"\" is empty", "sft --output_dir="},
         {2, "--output_dir is needed", "sft --model_name_or_path nowhere --dataset_name nowhere"},
         {2, "--dataset_name is needed", "dpo --model_name_or_path nowhere"},
-        {2, "--reward_model_path is needed",
+        {2, "--reward_model_path, or --reward_command, is needed",
          "ppo --model_name_or_path nowhere --dataset_name nowhere"},
         {2, "--output_dir is needed", "ppo --model_name_or_path nowhere --rollouts nowhere"},
         {2, "--output_dir is needed",
