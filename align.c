@@ -2782,7 +2782,8 @@ enum Field {
     SHAPE_MARGIN = SHAPE_PREFERENCE | MAY_HAVE(HAS_MARGIN), /* the same, for losses with a margin */
     SHAPE_LABELLED = HAS_TEXT | HAS_LABEL,
     SHAPE_RATED = HAS_TEXT | HAS_SCORE,
-    SHAPE_ROLLOUT = HAS_QUERY_IDS | HAS_RESPONSE_IDS | HAS_SCORE
+    /* of GRPO null where nobody could judge the answer */
+    SHAPE_ROLLOUT = HAS_QUERY_IDS | HAS_RESPONSE_IDS | MAY_HAVE(HAS_SCORE)
 };
 /* Their names in a file, in the order of the bits. */
 static const char *const FIELD_NAMES[] = {"text",         "prompt", "completion", "chosen",
@@ -8750,7 +8751,9 @@ static void collect_rollouts(const struct RolloutTrainer *trainer, struct Rollou
     struct Example *examples = sequences_as_examples(arena, sequences, n);
     float *score = arena_floats(arena, n);
     scorer_score(&source->scorer, arena, examples, n, &trainer->model->config, others, score);
-    score_missing(score, n, trainer->num_generations);
+    /* GRPO leaves answers without a score out of its means by itself: score_moments */
+    if (trainer->algorithm != ALGORITHM_GRPO)
+        score_missing(score, n, trainer->num_generations);
     for (size_t i = 0; i < n; i++)
         rollouts[i] =
             (struct Rollout){examples[i], examples[i].n - examples[i].prompt_length, score[i]};
@@ -8785,17 +8788,24 @@ static struct Rollout replay_rollout(const struct Dataset *data, size_t index,
     return (struct Rollout){
         .example = {ids, length, row->query_length},
         .response_length = row->response_length,
-        .score = (float)row->score,
+        .score = row->has & HAS_SCORE ? (float)row->score : NAN,
     };
 }
 
 /* The n stored rollouts of step number `step` (from 0), in file order; after the last one the first
  * follows again. With them another program, such as TRL, can repeat a step.
  *                                                                         test: ppo_replay */
-static void replay_rollouts(const struct Dataset *data, size_t step, const struct GPT2 *model,
-                            struct Arena *arena, struct Rollout *rollouts, size_t n) {
-    for (size_t i = 0; i < n; i++)
-        rollouts[i] = replay_rollout(data, (step * n + i) % data->n, model, arena);
+static void replay_rollouts(const struct Dataset *data, size_t step,
+                            const struct RolloutTrainer *trainer, struct Arena *arena,
+                            struct Rollout *rollouts) {
+    size_t n = trainer->batch_size;
+    for (size_t i = 0; i < n; i++) {
+        size_t index = (step * n + i) % data->n;
+        rollouts[i] = replay_rollout(data, index, trainer->model, arena);
+        /* GRPO alone knows what to do with an answer that has no score */
+        CHECK(trainer->algorithm == ALGORITHM_GRPO || !isnan(rollouts[i].score),
+              "%s: rollout %zu has no \"score\"; a number was expected", data->path, index + 1);
+    }
 }
 
 /* The texts of n rollouts, for collate. */
@@ -10180,8 +10190,8 @@ static void rollout_train_step(struct RolloutTrainer *trainer, struct RolloutSou
      *    learn from the same answers again. */
     bool is_new = trainer->step % trainer->num_iterations == 0;
     if (is_new && source->replay)
-        replay_rollouts(source->replay, trainer->step / trainer->num_iterations, trainer->model,
-                        arena, rollouts, trainer->batch_size);
+        replay_rollouts(source->replay, trainer->step / trainer->num_iterations, trainer, arena,
+                        rollouts);
     if (is_new && !source->replay)
         collect_rollouts(trainer, source, arena, rollouts);
     double rollout_seconds = seconds_now() - begin;

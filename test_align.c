@@ -5487,7 +5487,8 @@ static void test_ppo_replay(void) {
     struct GPT2 *model = random_model(37, 14, 8, 1, 2);
     struct Dataset *data =
         dataset_load(&test_arena, temporary("rollouts.jsonl"), ROLLOUT_SHAPES, 1);
-    replay_rollouts(data, 1, model, &test_arena, back, 5);
+    struct RolloutTrainer trainer = {.algorithm = ALGORITHM_PPO, .model = model, .batch_size = 5};
+    replay_rollouts(data, 1, &trainer, &test_arena, back);
     for (size_t i = 0; i < 5; i++) {
         const struct Rollout *want = &rollouts[(5 + i) % 3];
         expect_ids("ids", back[i].example.ids, back[i].example.n, want->example.ids,
