@@ -177,8 +177,10 @@ static int rename_over(const char *from, const char *to);
 #define PRINTF_FORMAT gnu_printf
 #else
 #include <sys/ioctl.h>
+#ifndef __wasi__ /* WebAssembly has neither madvise nor getrusage */
 #include <sys/mman.h>
 #include <sys/resource.h>
+#endif
 #define aligned_free free
 #define PRINTF_FORMAT printf
 #endif
@@ -20625,6 +20627,10 @@ static int rename_over(const char *from, const char *to) {
 
 static size_t peak_rss_bytes(void) {
     return 0; /* not known */
+}
+#elif defined(__wasi__) /* WebAssembly: a browser, or Node */
+static size_t peak_rss_bytes(void) {
+    return __builtin_wasm_memory_size(0) * 65536; /* pages of 64 KB, none of which is given back */
 }
 #else
 #ifdef __APPLE__
