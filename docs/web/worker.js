@@ -187,7 +187,8 @@ async function run({run: args, env, stdin}) {
   lastTurn = performance.now();
   const begin = performance.now();
   const input = stdin || !suspends ? new OpenFile(new File(stdin || new Uint8Array())) : new Keyboard();
-  const wasiRun = new WASI(["align", ...args], env, [input, stream("stdout"), stream("stderr"), root]);
+  const fds = [input, stream("stdout"), stream("stderr"), root];
+  const wasiRun = new WASI(["align", ...args], env, fds, {debug: false});
   let code = 0, instance = null;
   try {
     instance = await WebAssembly.instantiate(program, imports(wasiRun));
