@@ -111,19 +111,31 @@ const compute = latest(async (isMarked = true) => {
     const result = byId("explained");
     result.dataset.example = input;
     result.dataset.json = json.trim();
+    const before = isMarked ? shown.result : null;
     shown.result = JSON.parse(json);
     const count = drawExplained(text, isMarked ? shown.text : "");
     shown.text = text;
     error.hidden = true;
     const time = t("numbers.time", { ms: number(performance.now() - begin, 0) });
-    byId("explain-time").textContent =
-      count > 0 ? `${t("numbers.marked", { count })} ${time}` : time;
+    const became = sayChanged(before, shown.result);
+    byId("explain-time").textContent = [count > 0 ? t("numbers.marked", { count }) : "", became,
+      time].filter(part => part).join(" · ");
   } catch (problem) {
     // a number that does not fit: the program says which, and what it expects
     error.textContent = problem.message.replace(/^example\.json: /, "");
     error.hidden = false;
   }
 });
+
+/* The single numbers of a topic that have changed, in words: "loss 0.6539 → 0.6163". */
+function sayChanged(before, after) {
+  const inputs = TOPICS[shown.topic].fields ?? [];
+  return Object.entries(after)
+    .filter(([name, value]) => typeof value === "number" && !inputs.includes(name) &&
+      typeof before?.[name] === "number" && before[name] !== value)
+    .map(([name, value]) => t("numbers.became", { name, before: number(before[name], 4),
+      after: number(value, 4) })).join(", ");
+}
 
 // ---- What was printed ---------------------------------------------------------------------------
 
@@ -180,7 +192,8 @@ function exampleField(path, name) {
   };
   if (name === "baseline") return baselineField(path, value);
   const [low, high, step] = RANGES[name];
-  return field({ name, label: name, low, high, step, value, test, changed });
+  return field({ name, label: name, about: t(`hint.${name}`), low, high, step, value, test,
+    changed });
 }
 
 function baselineField(path, value) {
@@ -190,7 +203,8 @@ function baselineField(path, value) {
       compute();
     } },
   ...BASELINES.map(one => el("option", { value: one, selected: one === value }, one)));
-  return el("div", { class: "field" }, el("label", { for: "field-baseline" }, "baseline"), choose);
+  return el("div", { class: "field" }, el("label", { for: "field-baseline" }, "baseline"),
+    choose, el("span", { class: "about" }, t("hint.baseline")));
 }
 
 /* Lists side by side: a row for each token, a column for each list. */
@@ -228,16 +242,19 @@ function group(title, ...content) {
 function drawControls() {
   const { fields = [], table, answers, sides, prompt } = TOPICS[shown.topic];
   const { example } = shown;
-  const parts = fields.map(name => exampleField(name, name));
+  const parts = fields.length === 0 ? []
+    : [el("div", { class: "fields" }, ...fields.map(name => exampleField(name, name)))];
   if (table) parts.push(group(t("logits"), exampleTable("", table, example.tokens)));
   for (const side of sides ?? []) {
     const columns = [`${side}_logprobs`, `ref_${side}_logprobs`];
     parts.push(group(t(side), exampleTable("", columns, example[`${side}_tokens`])));
   }
-  (answers ? example.answers : []).forEach((answer, i) => parts.push(group(
-    t("answer", { n: i + 1 }),
-    ...(answers.fields ?? []).map(name => exampleField(`answers.${i}.${name}`, name)),
-    exampleTable(`answers.${i}.`, answers.table, answer.tokens))));
+  if (answers) {
+    parts.push(el("div", { class: "answers" }, ...example.answers.map((answer, i) => group(
+      t("answer", { n: i + 1 }),
+      ...(answers.fields ?? []).map(name => exampleField(`answers.${i}.${name}`, name)),
+      exampleTable(`answers.${i}.`, answers.table, answer.tokens)))));
+  }
   if (prompt !== undefined) parts.push(promptField());
   if (parts.length === 0) parts.push(el("p", { class: "quiet" }, t("numbers.fixed")));
   const back = el("button", { type: "button", click: openExample }, t("numbers.reset"));
@@ -284,6 +301,7 @@ async function openExample() {
   const isOwn = shown.isOwn && models && hasModel("ppo");
   shown.flags = isOwn ? modelFlags() : [];
   shown.text = "";
+  shown.result = null;
   if (prompt !== undefined) shown.prompt = prompt;
   const folders = isOwn ? ["out/ppo", "out/language_model", "out/reward_model"] : [];
   try {

@@ -320,7 +320,7 @@ function buildStages() {
     el("h2", {}, el("span", {}, t(`stage.${i + 1}`)), el("span", { class: "state" })),
     el("p", {}, t(`stage.${i + 1}.about`)),
     el("p", { class: "said quiet numbers" }),
-    el("div", { class: "curves" }),
+    el("div", { class: stage.curves.length > 1 ? "curves double" : "curves" }),
     el("h3", {}, t(`stage.${i + 1}.samples`)),
     i === 1 ? buildJudge() : el("ol", { class: "samples", tabindex: 0, reversed: true,
       "aria-label": t(`stage.${i + 1}.samples`) }))));

@@ -95,7 +95,7 @@ function curveFigure(curves, total) {
     first: number(points[0].y), last: number(points.at(-1).y) })).join(" ");
 
   const svg = el("svg", { viewBox: `0 0 ${FRAME.width} ${FRAME.height}`, role: "img",
-    "aria-label": spoken });
+    preserveAspectRatio: "xMinYMid meet", "aria-label": spoken });
   for (const value of high > low ? [low, high] : [low]) {
     svg.append(
       el("path", { class: "axis", d: `M${FRAME.left} ${y(value)}H${FRAME.right}` }),
