@@ -163,7 +163,7 @@ function courseSays(event) {
   if (event.kind === "step" && i >= 0) enterStep(i, event);
   if (event.kind === "sample") {
     const now = course.stages.findLast(stage => stage.state === "running");
-    now?.samples.push({ prompt: event.prompt, text: event.text, score: event.score });
+    now?.samples.push({ prompt: event.prompt, text: clean(event.text), score: event.score });
   }
   drawSoon();
 }
@@ -179,19 +179,42 @@ function enterStep(i, event) {
   // an evaluation before the first step knows no total
   Object.assign(stage, { step: event.step, total: event.total || stepsOf(i), left: event.left });
   for (const [metric, y] of Object.entries(event.metrics)) {
-    if (!(metric in CURVES) || !Number.isFinite(y)) continue;
-    const points = stage.points[metric] ??= [];
-    // a run that goes on repeats the steps since the last checkpoint
-    while (points.length > 0 && points.at(-1).x >= event.step) points.pop();
-    points.push({ x: event.step, y });
+    // before its first log entry a stage says 0 of what it has not measured yet
+    const isUnmeasured = y === 0 && metric === "accuracy" && !stage.points[metric];
+    if (metric in CURVES && Number.isFinite(y) && !isUnmeasured) addPoint(stage, metric, event.step, y);
   }
+}
+
+/* A run that goes on repeats the steps since its last checkpoint: they replace what was there. */
+function addPoint(stage, metric, x, y) {
+  const points = stage.points[metric] ??= [];
+  while (points.length > 0 && points.at(-1).x >= x) points.pop();
+  points.push({ x, y });
+}
+
+/* A log has what did not fit on the program's line: the evaluations. */
+function readLog(i, path) {
+  const log = JSON.parse(app.engine.text(path) ?? "null");
+  if (!log) return;
+  const stage = course.stages[i];
+  for (const metric of Object.keys(CURVES).filter(name => name.startsWith("eval_"))) {
+    const points = log.log_history.filter(entry => Number.isFinite(entry[metric]))
+      .map(entry => ({ x: entry.step, y: entry[metric] }));
+    if (points.length > 0) stage.points[metric] = points;
+  }
+  drawSoon();
 }
 
 /* The files of a checkpoint of DPO are there: what would this policy write? DPO itself samples
  * nothing while it learns. */
 function courseWrote(path) {
-  const found = /^out\/dpo\/checkpoint-(\d+)$/.exec(path);
-  if (found) sampleDpo(path);
+  const folders = ["language_model", "reward_model", "ppo", "dpo"];
+  const [, folder, name] = /^out\/(\w+)\/(checkpoint-\d+|trainer_state.json)$/.exec(path) ?? [];
+  if (folder) {
+    const log = name === "trainer_state.json" ? path : `${path}/trainer_state.json`;
+    readLog(folders.indexOf(folder), log);
+  }
+  if (/^out\/dpo\/checkpoint-\d+$/.test(path)) sampleDpo(path);
   if (path === "out/reward_model/model.safetensors") startJudge();
 }
 
