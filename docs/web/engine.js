@@ -211,7 +211,6 @@ class Engine {
     if (!this.current) return;
     this.worker.onmessage = this.worker.onerror = null;
     this.worker.terminate();
-    for (const name of [...this.files.keys()]) if (name.endsWith(".tmp")) this.files.delete(name);
     this.newWorker();
     this.finish({code: 130, stopped: true});
   }
