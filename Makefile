@@ -79,6 +79,6 @@ uninstall:
 	-rmdir "$(share)/docs" "$(share)"
 
 clean:
-	rm -f align align_bench align_debug test_align
+	rm -f align align.html align_bench align_debug test_align
 
 .PHONY: run bench test check-all debug book web exercise figures install uninstall clean

@@ -369,18 +369,22 @@ def check_explained(page, name, folder):
 
 
 def check_preferences(page, name):
-    for i in range(6):
-        count = f"Number({test('rate-count')}.textContent)"
-        before = page.evaluate(count)
-        click(page, "rate-new")
-        ready = f"(e => e && !e.disabled && e.textContent.trim() && true)({test('rate-a')})"
+    """Ten judgements, some of them after a click for another pair, then DPO on them."""
+    count = f"Number({test('rate-count')}.textContent)"
+    ready = f"(e => e && !e.disabled && e.textContent.trim() && true)({test('rate-a')})"
+    click(page, "rate-new")
+    for i in range(10):
         wait(page, ready, 60)
+        if i % 4 == 3:
+            click(page, "rate-new")
+            wait(page, ready, 60)
         click(page, "rate-a" if i % 2 else "rate-b")
-        wait(page, f"{count} > {before}", 60)
+        wait(page, f"{count} === {i + 1}", 60)
     click(page, "rate-train")
     ended = state(page, "rate-state", 300)
-    rows = page.evaluate("[...engine.files.keys()].filter(f => /preferences/.test(f))")
-    check(f"{name}: own preferences to DPO", ended == "done", f"{rows}")
+    found = page.evaluate("[...engine.files.keys()].filter(f => /preferences/.test(f))")
+    rows = page.evaluate(f"engine.text({json.dumps(found[0])}).trim().split('\\n').length")
+    check(f"{name}: own preferences to DPO", ended == "done" and rows == 10, f"{rows} pairs")
 
 
 def check_saved(page, name, folder):

@@ -44,18 +44,22 @@ function twoOf({ prompt, texts }) {
   return pool.length >= 2 ? { prompt, texts: pool.slice(0, 2) } : null;
 }
 
-let isWriting = false;
+let writing = null; /* the promise of answers that are being written */
 
-async function writeMore() {
-  if (isWriting) return;
-  isWriting = true;
+function writeMore() {
+  writing ??= writeEight().finally(() => {
+    writing = null;
+  });
+  return writing;
+}
+
+async function writeEight() {
   try {
     const written = await answersOf("language_model", nextBeginnings(8), 4, 1 + taste.place);
     taste.ready.push(...written.map(twoOf).filter(pair => pair));
   } catch (error) {
     byId("train-said").textContent = t("failed", { message: error.message });
   }
-  isWriting = false;
 }
 
 async function nextPair() {
