@@ -73,7 +73,7 @@ def fetch_shim():
         if not npm:
             sys.exit(f"make_web: npm: not found; {need} install npm")
         with tempfile.TemporaryDirectory() as folder:
-            command = [npm, "pack", "--silent", f"{SHIM}@{SHIM_VERSION}"]
+            command = [npm, "pack", "--loglevel", "error", f"{SHIM}@{SHIM_VERSION}"]
             done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
             found = list(pathlib.Path(folder).glob("*.tgz"))
             if done.returncode or not found:
