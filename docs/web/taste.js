@@ -44,18 +44,21 @@ function twoOf({ prompt, texts }) {
   return pool.length >= 2 ? { prompt, texts: pool.slice(0, 2) } : null;
 }
 
-let isWriting = false;
+/* The answers that are being written; who needs some waits for those. */
+let writing = null;
 
-async function writeMore() {
-  if (isWriting) return;
-  isWriting = true;
+function writeMore() {
+  writing ??= writePairs().finally(() => writing = null);
+  return writing;
+}
+
+async function writePairs() {
   try {
     const written = await answersOf("language_model", nextBeginnings(8), 4, 1 + taste.place);
     taste.ready.push(...written.map(twoOf).filter(pair => pair));
   } catch (error) {
     byId("train-said").textContent = t("failed", { message: error.message });
   }
-  isWriting = false;
 }
 
 async function nextPair() {
@@ -64,6 +67,8 @@ async function nextPair() {
     taste.now = null;
     drawPair();
     await writeMore();
+    // chosen quickly, the pair that was waited for may have been taken already
+    if (taste.now) return;
   }
   taste.now = taste.ready.shift() ?? null;
   drawPair();
