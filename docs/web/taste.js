@@ -3,7 +3,7 @@
  * model before and after is shown side by side. */
 
 const WANTED = 20; /* pairs that are asked for */
-const LEAST = 8; /* from which on training is offered */
+const LEAST = 6; /* from which on training is offered */
 const SHOWN = 40; /* beginnings for the figures afterwards */
 
 /* pairs: {prompt, chosen, rejected}; ready: pairs of answers to be compared next; place: which
