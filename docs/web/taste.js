@@ -3,7 +3,7 @@
  * model before and after is shown side by side. */
 
 const WANTED = 20; /* pairs that are asked for */
-const LEAST = 8; /* from which on training is offered */
+const LEAST = 6; /* from which on training is offered */
 const SHOWN = 40; /* beginnings for the figures afterwards */
 
 /* pairs: {prompt, chosen, rejected}; ready: pairs of answers to be compared next; place: which
@@ -44,16 +44,15 @@ function twoOf({ prompt, texts }) {
   return pool.length >= 2 ? { prompt, texts: pool.slice(0, 2) } : null;
 }
 
-let writing = null; /* the promise of answers that are being written */
+/* The answers that are being written; who needs some waits for those. */
+let writing = null;
 
 function writeMore() {
-  writing ??= writeEight().finally(() => {
-    writing = null;
-  });
+  writing ??= writePairs().finally(() => writing = null);
   return writing;
 }
 
-async function writeEight() {
+async function writePairs() {
   try {
     const written = await answersOf("language_model", nextBeginnings(8), 4, 1 + taste.place);
     taste.ready.push(...written.map(twoOf).filter(pair => pair));
@@ -68,6 +67,8 @@ async function nextPair() {
     taste.now = null;
     drawPair();
     await writeMore();
+    // chosen quickly, the pair that was waited for may have been taken already
+    if (taste.now) return;
   }
   taste.now = taste.ready.shift() ?? null;
   drawPair();
