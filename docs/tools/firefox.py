@@ -169,7 +169,7 @@ class Browser:
             p = message["params"]
             context = p.get("context") or p.get("source", {}).get("context")
             for page in self.pages.values():
-                if context in (None, page.context) or message["method"] == "log.entryAdded":
+                if context in (None, page.context):
                     page.event(message["method"], p)
 
     def call(self, method, timeout=60, **parameters):
