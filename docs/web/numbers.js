@@ -226,7 +226,9 @@ function breakable(name) {
 }
 
 function tableInput(path, label) {
-  return el("input", { type: "number", step: 0.1, value: valueAt(shown.example, path),
+  // four digits are shown; the example keeps what the models gave
+  const value = Number(valueAt(shown.example, path).toFixed(4));
+  return el("input", { type: "number", step: 0.1, value,
     "aria-label": label, "data-test": `explain-${path.replaceAll(".", "-")}`,
     input: event => {
       if (event.target.value === "") return;
