@@ -1,6 +1,7 @@
 # make           builds ./align           make run    the whole course, a few minutes
 # make test      builds and runs tests    make debug  ./align_debug for gdb: no optimisation, one thread
 # make book      docs/book.html: align.c for reading        make check-all  every instrument, about an hour
+# make web       align.html: the program and the whole course in one page, for a browser (docs/web)
 # make exercise  NAME=ppo_token_loss: a function to write yourself; without NAME the list (docs/exercises.md)
 # make figures   docs/figures, from the numbers of `align explain`
 # make bench     how fast this machine is; BENCH="--n_layer 2 --json": bench's flags (docs/tools/bench.c)
@@ -54,6 +55,9 @@ debug: align.c
 book:
 	python3 docs/tools/make_book.py
 
+web:
+	python3 docs/tools/make_web.py
+
 exercise:
 	@python3 docs/tools/exercise.py $(NAME) $(if $(FORCE),--force)
 
@@ -75,6 +79,6 @@ uninstall:
 	-rmdir "$(share)/docs" "$(share)"
 
 clean:
-	rm -f align align_bench align_debug test_align
+	rm -f align align.html align_bench align_debug test_align
 
-.PHONY: run bench test check-all debug book exercise figures install uninstall clean
+.PHONY: run bench test check-all debug book web exercise figures install uninstall clean

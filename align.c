@@ -182,9 +182,9 @@ static int rename_over(const char *from, const char *to);
 #define PRINTF_FORMAT gnu_printf
 #else
 #include <sys/ioctl.h>
+#ifndef __wasi__ /* WebAssembly has neither madvise nor getrusage */
 #include <sys/mman.h>
 #include <sys/resource.h>
-#ifndef __wasm__
 #include <poll.h>
 #include <spawn.h>
 #include <sys/wait.h>
@@ -11469,6 +11469,7 @@ struct Course {
     const char *output_dir, *command, *data;
     const char *tokenizer; /* --tokenizer, or NULL if it was found by itself */
     uint64_t seed;
+    const char *resume_from_checkpoint; /* "true": save checkpoints, go on from them; or NULL */
     size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, grpo_steps, vocab_size;
     double temperature; /* of all sampling */
     double scale; /* of learning rates: 1 for a new, narrow model */
@@ -11642,8 +11643,9 @@ static void course_split(struct Course *course, const struct Dataset *data) {
           "%s: its texts are too short to take prompts of 2 to 7 tokens from", data->path);
 }
 
-/* What the trainers of the four stages have in common. `batch`: rows per step. */
-static struct Trainer course_trainer(struct Course *course, struct GPT2 *model,
+/* What the trainers of the stages have in common. name: of the folder; `batch`: rows per
+ * step. */
+static struct Trainer course_trainer(struct Course *course, const char *name, struct GPT2 *model,
                                      double learning_rate, size_t steps, size_t batch,
                                      size_t warmup) {
     /* transformers' defaults, except for what follows */
@@ -11660,6 +11662,15 @@ static struct Trainer course_trainer(struct Course *course, struct GPT2 *model,
     trainer.args.say_steps = MAX((size_t)1, steps / 8);
     trainer.args.eval_steps = steps / 3 + 1;
     trainer.args.max_length = model->config.n_positions;
+    /* Ten checkpoints a stage, of which the last one stays. A stage that was complete goes on from
+     * its own last one, too, with few steps left or none: so the course needs no state but theirs. */
+    if (course->resume_from_checkpoint) {
+        trainer.args.output_dir = arena_printf(&course->arena, "%s/%s", course->output_dir, name);
+        trainer.args.resume_from_checkpoint = course->resume_from_checkpoint;
+        trainer.args.save_steps = MAX((size_t)1, steps / 10);
+        trainer.args.save_total_limit = 1;
+        make_folder(trainer.args.output_dir);
+    }
     return trainer;
 }
 
@@ -11708,8 +11719,8 @@ static struct GenerationConfig course_generation(const struct Course *course,
 static void course_language_model(struct Course *course, double learning_rate) {
     /* 1. Rows fill the context; the longer they are, the fewer a step has, for as many tokens. */
     size_t rows = MAX((size_t)1, COURSE_TOKENS_A_STEP / course->language_model->config.n_positions);
-    struct Trainer trainer = course_trainer(course, course->language_model, learning_rate,
-                                            course->pretrain_steps, rows, 50);
+    struct Trainer trainer = course_trainer(course, "language_model", course->language_model,
+                                            learning_rate, course->pretrain_steps, rows, 50);
 
     /* 2. In a run this short, AdamW averages squared gradients over 100 steps, not 1000: otherwise
      *    the large ones of the beginning would keep its steps small to the end. Weights decay, so
@@ -11776,7 +11787,8 @@ static void course_reward_model(struct Course *course) {
     reward_head_declare(model);
     /* Learning rates here and below were found by trial. A model this small takes larger steps than
      * GPT-2, for which TRL's defaults are 1e-4 here, 1.41e-5 for PPO and 1e-6 for DPO. */
-    struct Trainer trainer = course_trainer(course, model, 2e-3, course->reward_steps, 32, 20);
+    struct Trainer trainer =
+        course_trainer(course, "reward_model", model, 2e-3, course->reward_steps, 32, 20);
     size_t limit = model->config.n_positions;
     size_t n = course->held_out_n;
 
@@ -11916,7 +11928,8 @@ static void course_ppo(struct Course *course) {
 
     /* 2. Each step is logged, since there are few of them. As in TRL, gradients are not clipped:
      *    the clip of the ratio bounds what a step can do. */
-    struct Trainer trainer = course_trainer(course, course->ppo, 7e-4, course->ppo_steps, 8, 5);
+    struct Trainer trainer =
+        course_trainer(course, "ppo", course->ppo, 7e-4, course->ppo_steps, 8, 5);
     trainer.args.lr_end = 0.2;
     trainer.args.logging_steps = 1;
     trainer.args.max_grad_norm = 0;
@@ -11952,7 +11965,8 @@ static void course_grpo(struct Course *course) {
         /* a model of 64 positions knows best what it has read at the beginning */
         .padding_side = PADDING_RIGHT,
     };
-    struct Trainer trainer = course_trainer(course, course->grpo, 1e-3, course->grpo_steps, 64, 5);
+    struct Trainer trainer =
+        course_trainer(course, "grpo", course->grpo, 1e-3, course->grpo_steps, 64, 5);
     trainer.args.logging_steps = 1;
     struct RolloutTrainer *grpo = grpo_trainer_new(course->grpo, course->language_model, config,
                                                    trainer.args, course->temperature);
@@ -12102,7 +12116,7 @@ static void course_dpo(struct Course *course) {
      *    probable. */
     struct DPOConfig config = {.beta = 0.1, .weight = {[DPO_SIGMOID] = 1, [DPO_SFT] = 0.2}};
     struct Trainer trainer =
-        course_trainer(course, course->dpo, 6e-4, course->dpo_steps, PAIRS_A_STEP, 10);
+        course_trainer(course, "dpo", course->dpo, 6e-4, course->dpo_steps, PAIRS_A_STEP, 10);
     trainer.args.lr_end = 0.1;
     dpo_task(&trainer, &course->arena, course->language_model, config, course->temperature, pairs,
              count);
@@ -19299,8 +19313,9 @@ static const struct Flag FLAGS[] = {
     {OF(train, save_steps), &KIND_SIZE, TRAINING,
      "steps between checkpoints, folders checkpoint-N in --output_dir; 0: none"},
     {OF(train, save_total_limit), &KIND_SIZE, TRAINING, "how many to keep; 0: all"},
-    {OF(train, resume_from_checkpoint), &KIND_STRING, TRAINING,
-     "go on from a folder checkpoint-N; true: from the newest in --output_dir"},
+    {OF(train, resume_from_checkpoint), &KIND_STRING, "rlhf, " TRAINING,
+     "go on from a folder checkpoint-N; true: from the newest in --output_dir (rlhf: true alone, "
+     "which also saves them)"},
     {OF(train, num_train_epochs), &KIND_EPOCHS, BATCH_TRAINING ", grpo", "passes over the data"},
     {OF(train, per_device_train_batch_size), &KIND_BATCH, BATCH_TRAINING ", grpo",
      "rows (dpo, reward: pairs or rated texts; grpo: answers) of a micro-batch"},
@@ -21146,6 +21161,7 @@ static void command_rlhf(struct Options *o) {
         .tok = tok,
         .command = o->command,
         .output_dir = o->train.output_dir,
+        .resume_from_checkpoint = o->train.resume_from_checkpoint,
         .seed = o->train.seed,
         .temperature = o->generation.temperature,
         .scale = 1,
@@ -21178,6 +21194,10 @@ static void command_rlhf(struct Options *o) {
     static const char untrained[] = "--reward_steps 0: an untrained reward model gives every text "
                                     "the same reward; 1 or more steps are needed";
     CHECK(o->reward_steps > 0 || course.only_program, "%s", untrained);
+    CHECK(!course.resume_from_checkpoint || strcmp(course.resume_from_checkpoint, "true") == 0,
+          "--resume_from_checkpoint %s: the stages go on from the newest in their folders; rlhf "
+          "needs true",
+          course.resume_from_checkpoint);
     static const char *const results[] = {"language_model", "reward_model", "ppo", "dpo", "grpo"};
     for (size_t i = 0; i < COUNT(results); i++)
         note_replaced(o, arena_printf(&o->arena, "%s/%s", course.output_dir, results[i]));
@@ -22650,6 +22670,10 @@ static int rename_over(const char *from, const char *to) {
 
 static size_t peak_rss_bytes(void) {
     return 0; /* not known */
+}
+#elif defined(__wasi__) /* WebAssembly: a browser, or Node */
+static size_t peak_rss_bytes(void) {
+    return __builtin_wasm_memory_size(0) * 65536; /* pages of 64 KB, none of which is given back */
 }
 #else
 #ifdef __APPLE__
