@@ -26,6 +26,10 @@ function drawNavigation() {
   byId("screens").replaceChildren(el("ol", {}, ...SCREENS.map(name => el("li", {},
     el("a", { href: `#${name}`, "data-test": `screen-${name}`,
       "aria-current": name === now ? "page" : undefined }, t(`screen.${name}`))))));
+  // on a phone the links are wider than the screen
+  const links = byId("screens").firstChild;
+  const current = links.querySelector("[aria-current]");
+  links.scrollLeft = current.offsetLeft - links.offsetLeft - 40;
   const at = SCREENS.indexOf(now);
   for (const [id, key, name] of [["back", "screen.back", SCREENS[at - 1]],
     ["onward", "screen.onward", SCREENS[at + 1]]]) {
