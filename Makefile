@@ -1,4 +1,4 @@
-# make           builds ./align           make run    the whole course, a minute or two
+# make           builds ./align           make run    the whole course, a few minutes
 # make test      builds and runs tests    make debug  ./align_debug for gdb: no optimisation, one thread
 # make book      docs/book.html: align.c for reading        make check-all  every instrument, about an hour
 # make exercise  NAME=ppo_token_loss: a function to write yourself; without NAME the list (docs/exercises.md)

@@ -32,7 +32,7 @@
  *     1 Ground: errors, random numbers        7 Byte-pair encoding
  *     2 Probability                           8 Batches
  *     3 Preferences: Bradley-Terry            9 Matrix product
- *     4 Policy gradient: KL, GAE, PPO        10 Layers, forward and backward
+ *     4 Policy gradient: PPO, GRPO           10 Layers, forward and backward
  *     5 DPO and the closed form              11 GPT-2, its output layer and heads
  *     6 Choosing a token                     12 LoRA
  *                                            13 Writing: sampling, beam search
@@ -40,7 +40,7 @@
  *    14 Optimizer, schedule, Trainer         22 Files, JSON
  *    15 Language model, SFT                  23 Data sets, tokenizer.bin
  *    16 Reward model                         24 safetensors, model and adapter folders
- *    17 Rollouts, REINFORCE, PPO             25 Progress, logs, checkpoints
+ *    17 Rollouts, REINFORCE, PPO, GRPO       25 Progress, logs, checkpoints
  *    18 DPO, collected preferences           26 Results
  *    19 Exact: a world to enumerate          27 Command line, main
  *    20 The whole course (rlhf)
@@ -62,6 +62,7 @@
  *   ppo_token_loss          why PPO clips, and where the gradient is zero
  *   ppo_value_loss          how the value head learns what to expect
  *   ppo_loss                both, as means over the tokens of a mini-batch
+ *   grpo_advantages         the value head replaced by the mean of several answers
  *   exact_optimum           the best policy there is, in closed form                     chapter 5
  *   dpo_pair_loss           the same optimum from pairs alone
  *   ppo_rewards             where penalty and score reach the tokens of real answers     chapter 17
@@ -183,6 +184,11 @@ static int rename_over(const char *from, const char *to);
 #include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/resource.h>
+#ifndef __wasm__
+#include <poll.h>
+#include <spawn.h>
+#include <sys/wait.h>
+#endif
 #define aligned_free free
 #define PRINTF_FORMAT printf
 #endif
@@ -1219,6 +1225,7 @@ static struct PPOLoss ppo_loss(const struct PPOConfig *config, struct PPOTokens 
  *                default beta is 0, and there is no reference at all
  *   kept         the ratio and its clip, since a batch may serve num_iterations updates
  * In the chapter's terms: REINFORCE with a baseline from the group, plus PPO's clip.
+ *                                       [glossary: Otimização relativa ao grupo (GRPO)]
  *
  * Is the loss of the first update, 0 or nearly so, a fault? No: then every ratio is 1, each token's
  * loss is minus the advantage of its answer, and the advantages of a group add up to 0. (Where
@@ -1230,6 +1237,7 @@ static struct PPOLoss ppo_loss(const struct PPOConfig *config, struct PPOTokens 
  * advantages are 0. frac_reward_zero_std is the share of such answers. */
 
 /* What an answer's distance from its group's mean is divided by. */
+#define SCALE_REWARDS_NAMES "group, batch, none"
 enum ScaleRewards {
     SCALE_REWARDS_GROUP, /* the group's standard deviation: every group counts alike */
     SCALE_REWARDS_BATCH, /* that of all answers of the batch */
@@ -1237,6 +1245,7 @@ enum ScaleRewards {
 };
 
 /* Over what the tokens' losses are averaged: see grpo_token_share. */
+#define GRPO_LOSS_NAMES "grpo, bnpo, dr_grpo, dapo"
 enum GRPOLossType {
     GRPO_LOSS_GRPO,
     GRPO_LOSS_BNPO,
@@ -1255,7 +1264,7 @@ struct GRPOConfig {
     size_t num_generations; /* answers to each prompt: a group */
     size_t num_iterations; /* how many updates use the same answers */
     size_t max_completion_length; /* tokens of an answer, at most */
-    double beta; /* weight of the KL to the reference in the loss [glossary: Parâmetro Beta (β)] */
+    double beta; /* weight of the KL in the loss     [glossary: Parâmetro Beta (β)] */
     bool use_bias_correction_kl; /* that KL times the ratio: see grpo_token_loss */
     double epsilon, epsilon_high; /* the clip: 1 - epsilon <= ratio <= 1 + epsilon_high */
     enum GRPOLossType loss_type;
@@ -1328,7 +1337,7 @@ struct GRPOTokenLoss {
     double dlog_ratio; /* d loss / d log_ratio */
     double dlogprob; /* d loss / d logprob by the KL, the ratio apart */
     double ratio; /* of the token, or of its answer */
-    double kl; /* k3 to the reference, times the ratio if it is corrected; 0 without a reference */
+    double kl; /* k3 to the reference, times the ratio if it is corrected */
     bool is_low_clipped, is_high_clipped; /* the ratio has left the range on that side */
 };
 
@@ -1354,7 +1363,8 @@ struct GRPOTokenLoss {
  *                          test: grpo_token_loss, grpo_loss_golden; gdb: break grpo_token_loss */
 static struct GRPOTokenLoss grpo_token_loss(const struct GRPOConfig *config, double log_ratio,
                                             double advantage, double logprob, double ref_logprob) {
-    /* 1. The ratio, and the larger of two losses, as in ppo_token_loss. */
+    /* 1. The ratio, and the larger of two losses, as in ppo_token_loss. The slope is that by the
+     *    log ratio: d ratio / d log_ratio = ratio, so the plain loss is its own derivative. */
     double ratio = exp(log_ratio);
     double lowest = 1 - config->epsilon;
     double highest = 1 + config->epsilon_high;
@@ -1368,8 +1378,6 @@ static struct GRPOTokenLoss grpo_token_loss(const struct GRPOConfig *config, dou
         .is_low_clipped = is_clipped && advantage < 0,
         .is_high_clipped = is_clipped && advantage > 0,
     };
-    if (config->beta == 0)
-        return token;
 
     /* 2. The KL is not clipped: a token that has had its share is still held by the reference. */
     double weight = config->use_bias_correction_kl ? ratio : 1;
@@ -1432,6 +1440,7 @@ static double grpo_answer_loss(const struct GRPOConfig *config, struct GRPOAnswe
     double n = (double)answer->length;
     double mean = 0;
     for (size_t t = 0; t < answer->length; t++)
+        /* 0 at the first update, when the policy is still the one that wrote it */
         mean += ((double)answer->logprobs[t] - answer->old_logprobs[t]) / n;
 
     /* 2. token by token */
@@ -1440,7 +1449,8 @@ static double grpo_answer_loss(const struct GRPOConfig *config, struct GRPOAnswe
     double mean_slope = 0;
     for (size_t t = 0; t < answer->length; t++) {
         double moved = (double)answer->logprobs[t] - answer->old_logprobs[t];
-        double ref_logprob = answer->ref_logprobs ? answer->ref_logprobs[t] : 0;
+        /* without a reference the policy is its own: kl is 0 */
+        double ref_logprob = answer->ref_logprobs ? answer->ref_logprobs[t] : answer->logprobs[t];
         answer->tokens[t] = grpo_token_loss(config, whole ? mean : moved, answer->advantage,
                                             answer->logprobs[t], ref_logprob);
         loss += share * answer->tokens[t].loss;
@@ -2782,6 +2792,7 @@ enum Field {
     HAS_QUERY_IDS = 128,
     HAS_RESPONSE_IDS = 256,
     HAS_MARGIN = 512,
+    HAS_OTHERS = 1024, /* only as MAY_HAVE(HAS_OTHERS): fields not named here are kept as well */
     SHAPE_TEXT = HAS_TEXT,
     SHAPE_PROMPT = HAS_PROMPT,
     SHAPE_PROMPT_COMPLETION = HAS_PROMPT | HAS_COMPLETION,
@@ -2799,6 +2810,7 @@ static const char *const FIELD_NAMES[] = {"text",         "prompt", "completion"
 struct Row {
     unsigned has; /* a bit for each field that the row has, used or not */
     struct Text text, prompt, completion, chosen, rejected;
+    struct Text others; /* all members but prompt and completion, as in the file: , "id": 7 */
     double score, margin, label;
     int *query_ids, *response_ids;
     size_t query_length, response_length;
@@ -6504,6 +6516,16 @@ static void stats_write_line(FILE *file, const struct RolloutTrainer *trainer);
 static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n);
 static void trace_write(FILE *file, const struct RolloutTrainer *trainer);
 
+/* What a reward program reads of an answer; `others`: the data row's other fields, as JSON. The
+ * program is started, judges n answers and ends. It writes the number it gave to each; NaN: none.
+ * A program that does anything else ends the run. */
+struct RewardProgram;
+struct Judged {
+    struct Text prompt, completion, others;
+};
+static void program_judge(const struct RewardProgram *program, const struct Judged *answers,
+                          size_t n, float *number);
+
 /* Samples on a terminal: is it time for one, how wide is the terminal, and a text made safe to
  * print there. */
 static bool progress_sampling(size_t step, size_t total);
@@ -7343,7 +7365,7 @@ static void trainer_free(struct Trainer *trainer) {
  *     counts in SFT              no          yes   yes    yes
  *
  *     a new model     8.66 nats per token  (an even guess among 4097 tokens: ln 4097 = 8.32)
- *     trained         4.51 nats per token  perplexity e^4.51 = 91: as unsure as among 91 tokens
+ *     trained         4.42 nats per token  perplexity e^4.42 = 83: as unsure as among 83 tokens
  *                                                                 [glossary: Perplexidade]
  *
  * What enters: texts, or prompts with completions. What leaves: a language model, which is the
@@ -8158,7 +8180,7 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
 }
 
 /* =============================================================================================
- * Chapter 17 - Rollouts, REINFORCE, PPO              [glossary: Gradiente de política]
+ * Chapter 17 - Rollouts, REINFORCE, PPO, GRPO        [glossary: Gradiente de política]
  *
  * Chapter 4 on a real model: how does a language model learn from the scores of its own answers?
  * A step of PPO, as TRL 0.11 takes it:
@@ -8233,13 +8255,26 @@ struct Rollout {
     float score;
 };
 
-/* What turns a response into a score: the reward model, on the text of query and response. */
+/* A judge that is no model: any program that reads answers and writes a number for each. Where an
+ * answer is right or wrong (a sum, a rhyme, a proof), such a reward is exact, and there is nothing
+ * in it for a policy to exploit but its author's mistakes. */
+struct RewardProgram {
+    const char *command; /* as the user typed it */
+    char **words; /* the command split, NULL last; words[0] is the program's path */
+    double timeout; /* seconds for a batch */
+    double mean, std; /* score = (number - mean) / std */
+};
+
+/* What turns a response into a score: the reward model, on the text of query and response, or a
+ * program, or both. */
 struct Scorer {
-    const struct GPT2 *reward_model;
+    const struct GPT2 *reward_model; /* or NULL */
     const struct Tokenizer *tok;
-    double mean, std; /* score = (reward - mean) / std */
+    double mean, std; /* the model's score = (reward - mean) / std */
     size_t least_length; /* a response that ends sooner scores at most short_score */
     double short_score;
+    const struct RewardProgram *program; /* or NULL */
+    double weight[2]; /* of the model's and the program's score, if there are both */
 };
 
 /* A sequence of the policy's tokens, in the tokens of the reward model: converted through text, as
@@ -8278,12 +8313,10 @@ static float scorer_scale(const struct Scorer *scorer, const struct Example *seq
     return score;
 }
 
-/* scorer_score -- the score of each of n sequences of a policy.
- *                                                  [glossary: Função de recompensa]
- * in   sequences (n): query and response; policy: the model that wrote them    out  score (n) */
-static void scorer_score(const struct Scorer *scorer, struct Arena *arena,
-                         const struct Example *sequences, size_t n, const struct GPT2Config *policy,
-                         float *score) {
+/* The reward model's score of each of n sequences of a policy. */
+static void scorer_reward(const struct Scorer *scorer, struct Arena *arena,
+                          const struct Example *sequences, size_t n,
+                          const struct GPT2Config *policy, float *score) {
     /* 1. The reward model reads the text, query included: an answer is good or bad only as an
      *    answer to something. */
     struct Example *texts = arena_alloc(arena, n, sizeof *texts);
@@ -8294,6 +8327,145 @@ static void scorer_score(const struct Scorer *scorer, struct Arena *arena,
     reward_score(scorer->reward_model, texts, n, score);
     for (size_t i = 0; i < n; i++)
         score[i] = scorer_scale(scorer, &sequences[i], policy, score[i]);
+}
+
+/* The program's score of each of n sequences of a policy; NaN where it gave none.
+ * in   others (n): each prompt's data row, its other fields (struct Row); NULL: there are none */
+static void scorer_program(const struct Scorer *scorer, struct Arena *arena,
+                           const struct Example *sequences, size_t n,
+                           const struct GPT2Config *policy, const struct Text *others,
+                           float *score) {
+    /* 1. What it reads: text, without the end token, which is no part of an answer. */
+    struct Judged *answers = arena_alloc(arena, n, sizeof *answers);
+    for (size_t i = 0; i < n; i++) {
+        const struct Example *e = &sequences[i];
+        size_t length = e->n - e->prompt_length - example_ended(e, policy->eos_token_id);
+        answers[i] = (struct Judged){
+            /* decoded from the ids that were asked: of a text that was cut, just its beginning */
+            .prompt = tokenizer_decode_all(scorer->tok, arena, e->ids, e->prompt_length,
+                                           policy->vocab_size),
+            .completion = tokenizer_decode_all(scorer->tok, arena, e->ids + e->prompt_length,
+                                               length, policy->vocab_size),
+            .others = others ? others[i] : text_of(""),
+        };
+    }
+
+    /* 2. All answers in one call: starting a program takes longer than judging with it. NaN, no
+     *    score, stays NaN. */
+    const struct RewardProgram *program = scorer->program;
+    program_judge(program, answers, n, score);
+    for (size_t i = 0; i < n; i++)
+        score[i] = (float)((score[i] - program->mean) / program->std);
+}
+
+/* weighted_score -- what two judges say of an answer, as one number.
+ *   w_0 s_0 + w_1 s_1, without a judge that gave no score (NaN); NaN if neither gave one
+ * A judge that cannot tell must not count as one that says 0: where scores are negative, 0 would be
+ * praise. GRPOTrainer of TRL 1.16 does the same (None becomes NaN, then nansum).
+ * By hand: weights 2 and 0.5, scores 3 and -4: 6 - 2 = 4; without the second 6.
+ *                                                                       test: weighted_score */
+static float weighted_score(const double weight[2], float first, float second) {
+    /* 0 would be a judgement, and nobody has made one */
+    if (isnan(first) && isnan(second))
+        return NAN;
+    double sum = 0;
+    /* a judge without a score adds nothing, whatever its weight is */
+    if (!isnan(first))
+        sum += weight[0] * first;
+    if (!isnan(second))
+        sum += weight[1] * second;
+    return (float)sum;
+}
+
+/* scorer_score -- the score of each of n sequences of a policy.
+ *                                                  [glossary: Função de recompensa]
+ * in   sequences (n): query and response; policy: the model that wrote them
+ *      others (n): the other fields of each query's data row, for a program; NULL: there are none
+ * out  score (n); NaN where a program gave none. What that means is the caller's choice: in
+ *      training such an answer teaches nothing (score_missing), collect makes no pair of it, and a
+ *      mean is taken over the others. */
+static void scorer_score(const struct Scorer *scorer, struct Arena *arena,
+                         const struct Example *sequences, size_t n, const struct GPT2Config *policy,
+                         const struct Text *others, float *score) {
+    /* 1. one judge alone */
+    if (scorer->reward_model)
+        scorer_reward(scorer, arena, sequences, n, policy, score);
+    else if (scorer->program)
+        scorer_program(scorer, arena, sequences, n, policy, others, score);
+    if (!scorer->reward_model || !scorer->program)
+        return;
+
+    /* 2. or both */
+    /* The program does not see what the model thinks, or the other way round: neither can lean on
+     * the other. */
+    float *second = arena_floats(arena, n);
+    scorer_program(scorer, arena, sequences, n, policy, others, second);
+    for (size_t i = 0; i < n; i++)
+        score[i] = weighted_score(scorer->weight, score[i], second[i]);
+}
+
+/* The other fields of n prompts' data rows, each as often as its prompt has answers, side by side;
+ * NULL if there are none. */
+static struct Text *others_of_answers(struct Arena *arena, const struct Text *others, size_t n,
+                                      size_t num_generations) {
+    struct Text *each = others ? arena_alloc(arena, n * num_generations, sizeof *each) : NULL;
+    /* the texts are shared, not copied */
+    for (size_t i = 0; each && i < n * num_generations; i++)
+        each[i] = others[i / num_generations];
+    return each;
+}
+
+/* Those of n scores that are there (not NaN), in the same order; returns how many. */
+static size_t scores_given(const float *score, size_t n, float *given) {
+    size_t count = 0;
+    /* `given` may be `score` itself: what is written was read before */
+    for (size_t i = 0; i < n; i++)
+        if (!isnan(score[i]))
+            given[count++] = score[i];
+    return count;
+}
+
+/* mean_score -- the mean of those of n scores that are there (not NaN); NaN if none is.
+ * By hand: 1, none, 4: 2.5.                                              test: score_missing */
+static double mean_score(const float *score, size_t n) {
+    double sum = 0;
+    size_t count = 0;
+    for (size_t i = 0; i < n; i++) {
+        /* adding a NaN would make the whole mean NaN */
+        if (isnan(score[i]))
+            continue;
+        sum += score[i];
+        count++;
+    }
+    return count ? sum / (double)count : NAN;
+}
+
+/* score_missing -- gives answers without a score one from which nothing is learnt.
+ * in, out  score (n), those of a prompt's `group` answers side by side; NaN: none
+ * What a policy learns from a score is how far it lies from a baseline: the mean of the answers to
+ * the same prompt, or of all. An answer that nobody could judge gets just that mean, so it is
+ * neither pushed up nor down: GRPOTrainer of TRL 1.16 sets its advantage to 0. If no answer has a
+ * score, all get 0, and this step learns only to stay near the reference.
+ * By hand, in groups of two: 1, none | none, none | 3, 5: the second gets 1, the third and fourth
+ * the mean of all, 3.                                                    test: score_missing */
+static void score_missing(float *score, size_t n, size_t group) {
+    /* 1. the mean of all, before anything is filled in */
+    double all = mean_score(score, n);
+    for (size_t first = 0; first < n; first += group) {
+        size_t count = MIN(group, n - first);
+        double mean = mean_score(score + first, count);
+
+        /* 2. a group in which none has a score takes that of all, and if there is none either, 0 */
+        if (isnan(mean))
+            mean = isnan(all) ? 0 : all;
+        for (size_t i = first; i < first + count; i++)
+            if (isnan(score[i]))
+                score[i] = (float)mean;
+    }
+    /* 3. Once is no harm: a program may know only some prompts. A run of nothing else should not
+     *    go unnoticed. */
+    if (isnan(all))
+        warn("none of the %zu answers of this batch has a score; nothing is learnt from them", n);
 }
 
 /* scorer_prefixes -- how the judge's mind changes while it reads: the score that an answer would
@@ -8322,7 +8494,7 @@ static void scorer_prefixes(const struct Scorer *scorer, struct Arena *arena,
 
     /* 2. all of them judged together, each score at the length of its beginning */
     float *read = arena_floats(arena, count);
-    scorer_score(&bare, arena, beginnings, count, policy, read);
+    scorer_score(&bare, arena, beginnings, count, policy, NULL, read);
     for (size_t i = 0; i < count; i++)
         score[beginnings[i].n - sequence->prompt_length] = read[i];
 }
@@ -8331,6 +8503,7 @@ static void scorer_prefixes(const struct Scorer *scorer, struct Arena *arena,
  * ones.  [glossary: Rollout] */
 struct RolloutSource {
     const struct Example *prompts;
+    const struct Text *others; /* (n) of each prompt's data row: for a reward program, or NULL */
     size_t n;
     size_t *order, at; /* a shuffled pass over the prompts, and the next one's place in it */
     size_t room; /* how many new tokens the context can hold after the longest prompt */
@@ -8414,7 +8587,7 @@ static double running_moments_std(const struct RunningMoments *m) {
  * beside the algorithm, and changes nothing in it. Only some steps are shown: ppo_trace_shows. */
 struct PPOTrace {
     bool is_wanted; /* this run writes the file */
-    const struct Scorer *scorer; /* NULL: the rollouts are stored ones */
+    const struct Scorer *scorer; /* NULL: a program judges, or the rollouts are stored ones */
     size_t answers; /* how many of this step; 0: it is not shown */
     const struct Rollout *rollouts; /* (answers) */
     const float *scores; /* (answers) after ppo_process_scores */
@@ -8576,6 +8749,7 @@ static void collect_rollouts(const struct RolloutTrainer *trainer, struct Rollou
      *    from memory once, however many answers are being written. */
     struct Sequence *sequences = arena_alloc(arena, n, sizeof *sequences);
     const struct Example *prompt = NULL;
+    struct Text *others = source->others ? arena_alloc(arena, n, sizeof *others) : NULL;
     for (size_t i = 0; i < n; i++) {
         /* a new prompt, or the same one again: the rloo baseline compares answers to one prompt */
         if (i % trainer->num_generations == 0)
@@ -8584,13 +8758,17 @@ static void collect_rollouts(const struct RolloutTrainer *trainer, struct Rollou
          * that length only. */
         size_t max_new = length_sampler(&source->output_length, &source->lengths);
         sequences[i] = answer_start(arena, trainer->model, prompt, max_new, &source->sample);
+        /* what a program wants to know of this prompt besides its text, the right answer perhaps */
+        if (others)
+            others[i] = source->others[prompt - source->prompts];
     }
     generate(trainer->model, sequences, n, &source->generation);
 
     /* 2. One score for each answer as a whole: chapter 4 is about how it reaches the tokens. */
     struct Example *examples = sequences_as_examples(arena, sequences, n);
     float *score = arena_floats(arena, n);
-    scorer_score(&source->scorer, arena, examples, n, &trainer->model->config, score);
+    scorer_score(&source->scorer, arena, examples, n, &trainer->model->config, others, score);
+    score_missing(score, n, trainer->num_generations);
     for (size_t i = 0; i < n; i++)
         rollouts[i] =
             (struct Rollout){examples[i], examples[i].n - examples[i].prompt_length, score[i]};
@@ -9676,6 +9854,7 @@ static void grpo_begin_batch(struct RolloutTrainer *trainer, const struct Rollou
         p->longest_prompt = MAX(p->longest_prompt, rollouts[i].example.prompt_length);
     }
     p->start[n] = p->R;
+    /* filled in by grpo_forward, micro-batch after micro-batch */
     p->logprobs = arena_floats(arena, p->R);
     if (trainer->grpo.beta > 0)
         p->ref_logprobs = arena_floats(arena, p->R);
@@ -9700,6 +9879,7 @@ static void grpo_metrics(struct RolloutTrainer *trainer, const struct GRPOAnswer
     double high = 0;
     double low_min = 1;
     double high_max = 0;
+    /* the answers' ratios, or the tokens': that decides what the shares are of */
     bool whole = trainer->grpo.importance_sampling_level == IMPORTANCE_SAMPLING_SEQUENCE;
     for (size_t i = 0; i < n; i++) {
         /* 1. one answer: its tokens that were clipped */
@@ -9784,7 +9964,7 @@ static struct GRPOAnswer *grpo_answers(struct RolloutTrainer *trainer, const str
     float *dlogprobs = arena_floats(arena, head->R);
     struct GRPOAnswer *answers = arena_alloc(arena, n, sizeof *answers);
     for (size_t i = 0; i < n; i++) {
-        /* a token's place in the batch, and in the micro-batch, whose first token is head's first */
+        /* a token's place in the batch; in the micro-batch, whose first token is head's first */
         size_t in_batch = p->start[first + i];
         size_t here = in_batch - p->start[first];
         answers[i] = (struct GRPOAnswer){
@@ -9838,7 +10018,7 @@ static double grpo_micro_batch(struct RolloutTrainer *trainer, const struct Roll
 /* grpo_step -- one update of the weights; the same rollouts serve num_iterations of them.
  * TRL's GRPOTrainer, but for one thing: TRL shuffles the answers of a batch before it cuts them
  * into micro-batches. That changes no sum, except with loss_type bnpo (see grpo_loss); here they
- * stay in order.                                        test: grpo_step, docs/tools/check_outgrow */
+ * stay in order.                                      test: grpo_step, docs/tools/check_outgrow */
 static void grpo_step(struct RolloutTrainer *trainer, const struct Rollout *rollouts) {
     /* 1. new answers: who was better than its group? */
     trainer->stats.n = 0;
@@ -9979,7 +10159,7 @@ static void rollout_count(const struct RolloutTrainer *trainer, struct TrainerSt
                           const struct Rollout *rollouts, double n) {
     size_t B = trainer->batch_size;
     state->global_step = trainer->step;
-    /* batch_size answers belong to batch_size / num_generations prompts, for num_iterations steps */
+    /* batch_size answers are to batch_size / num_generations prompts, for num_iterations steps */
     double batches = (double)trainer->step / (double)trainer->num_iterations;
     state->epoch = batches * (double)(B / trainer->num_generations) / n;
     if ((trainer->step - 1) % trainer->num_iterations != 0)
@@ -10030,6 +10210,23 @@ static void rollout_train_step(struct RolloutTrainer *trainer, struct RolloutSou
         rollout_write_logs(trainer, logs, rollouts, rollout_seconds);
 }
 
+/* The run writes the files of LOGS to log_dir. They grow with each step: a checkpoint notes their
+ * lengths, and a resumed run cuts them to these, or the steps after it would be logged twice. */
+static void rollout_keep_logs(struct RolloutTrainer *trainer, const struct RolloutSource *source,
+                              struct Checkpoint *checkpoint, struct Output *logs,
+                              const char *log_dir) {
+    make_folder(log_dir);
+    checkpoint->logs = logs;
+    checkpoint->log_files = rollout_log_files(trainer);
+    checkpoint->log_dir = log_dir;
+    checkpoint_add_sizes(checkpoint, "log_bytes", checkpoint->log_bytes, checkpoint->log_files,
+                         SIZE_MAX);
+    /* a program is started once a step, not for the beginnings of answers too */
+    bool by_model = !source->replay && !source->scorer.program;
+    trainer->ppo.trace.is_wanted = true;
+    trainer->ppo.trace.scorer = by_model ? &source->scorer : NULL;
+}
+
 /* rollout_train -- the whole training, by PPO, REINFORCE or GRPO.   [glossary: Treinador PPO]
  * in   source: where rollouts come from; steps: how many; log_dir: for the
  *      files of LOGS, or NULL                      out  the policy's weights; state, its history
@@ -10048,18 +10245,8 @@ static void rollout_train(struct RolloutTrainer *trainer, struct RolloutSource *
     struct Checkpoint checkpoint =
         checkpoint_new(trainer->name, trainer->model, trainer->tok, &trainer->args, state);
 
-    /* The logs grow with each step. A resumed run cuts them to their length at the checkpoint,
-     * or the steps after it would be logged twice. */
-    if (log_dir) {
-        make_folder(log_dir);
-        checkpoint.logs = logs;
-        checkpoint.log_files = rollout_log_files(trainer);
-        checkpoint.log_dir = log_dir;
-        trainer->ppo.trace.is_wanted = true;
-        trainer->ppo.trace.scorer = source->replay ? NULL : &source->scorer;
-        checkpoint_add_sizes(&checkpoint, "log_bytes", checkpoint.log_bytes, checkpoint.log_files,
-                             SIZE_MAX);
-    }
+    if (log_dir)
+        rollout_keep_logs(trainer, source, &checkpoint, logs, log_dir);
     rollout_checkpoint(&checkpoint, trainer, source);
     checkpoint_resume(&checkpoint);
     trainer->step = state->global_step;
@@ -10512,6 +10699,7 @@ struct PreferenceSource {
     const struct GenerationConfig *generation;
     size_t num_generations; /* answers to each prompt */
     const struct Scorer *scorer;
+    const struct Text *others; /* of each prompt's data row: for a reward program, or NULL */
     bool only_ended; /* leave out answers that did not end: they teach the policy not to stop */
 };
 
@@ -10534,6 +10722,9 @@ static struct BestWorst best_and_worst(const struct PreferenceSource *source,
         size_t length = answers[k].n - answers[k].prompt_length;
         bool ended = example_ended(&answers[k], source->policy->config.eos_token_id);
         if ((source->only_ended && !ended) || length < source->scorer->least_length)
+            continue;
+        /* nobody has judged it: it is neither better nor worse than the others */
+        if (isnan(score[k]))
             continue;
 
         /* among equal scores, the first one */
@@ -10565,7 +10756,9 @@ static size_t collect_preferences(const struct PreferenceSource *source, struct 
     struct Example *answers =
         sample_answers(policy, arena, prompts, n, num_generations, source->generation, rng);
     float *score = arena_floats(arena, n * num_generations);
-    scorer_score(source->scorer, arena, answers, n * num_generations, &policy->config, score);
+    struct Text *others = others_of_answers(arena, source->others, n, num_generations);
+    scorer_score(source->scorer, arena, answers, n * num_generations, &policy->config, others,
+                 score);
 
     /* 2. a pair from each prompt, if its answers differ */
     size_t count = 0;
@@ -10592,12 +10785,13 @@ static size_t collect_preferences(const struct PreferenceSource *source, struct 
  * Chapter 19 - Exact: a world small enough to enumerate
  *                                            [glossary: Solução em forma fechada]
  *
- * Do PPO, DPO and REINFORCE find what chapter 5 says is best? With real text nobody can tell. So
- * here is a world so small that every answer can be written down: a few tokens, a few positions.
- * With 3 tokens and 2 positions there are 9 answers. The best policy is known from its formula, and
- * how close each method comes to it is a sum over all answers: nothing is estimated. PPO and
- * REINFORCE themselves see only samples, as with real text; DPO, which samples nothing, sees all
- * pairs.
+ * Do PPO, GRPO, DPO and REINFORCE find what chapter 5 says is best? With real text nobody can
+ * tell. So here is a world so small that every answer can be written down: a few tokens, a few
+ * positions. With 3 tokens and 2 positions there are 9 answers. The best policy is known from its
+ * formula, and how close each method comes to it is a sum over all answers: nothing is estimated.
+ * PPO, GRPO and REINFORCE themselves see only samples, as with real text; DPO, which samples
+ * nothing, sees all pairs. GRPO turns out to head for a slightly different policy: see
+ * exact_grpo_limit.
  *
  * What enters: a random reference and a random reward for every answer. What leaves: the optimum,
  * and for the policy that each method reached, its KL to the optimum and its objective.
@@ -10607,23 +10801,24 @@ enum { EXACT_RESPONSES = 4096, EXACT_BATCH = 128 };
 enum ExactPolicy {
     EXACT_REFERENCE,
     EXACT_OPTIMUM,
+    EXACT_GRPO_LIMIT,
     EXACT_DPO,
     EXACT_PPO,
     EXACT_REINFORCE,
+    EXACT_GRPO,
     EXACT_POLICIES
 };
 
-/* The policies that are compared; the last three are trained. */
+/* The policies that are compared; the last four are trained. */
 static const struct {
     const char *name;
     double learning_rate;
     size_t steps;
 } EXACT[EXACT_POLICIES] = {
-    [EXACT_REFERENCE] = {"reference", 0, 0},
-    [EXACT_OPTIMUM] = {"optimum", 0, 0},
-    [EXACT_DPO] = {"dpo", 8e-3, 250},
-    [EXACT_PPO] = {"ppo", 2e-3, 400},
-    [EXACT_REINFORCE] = {"reinforce", 2e-3, 500},
+    [EXACT_REFERENCE] = {"reference", 0, 0},   [EXACT_OPTIMUM] = {"optimum", 0, 0},
+    [EXACT_GRPO_LIMIT] = {"grpo limit", 0, 0}, [EXACT_DPO] = {"dpo", 8e-3, 250},
+    [EXACT_PPO] = {"ppo", 2e-3, 400},          [EXACT_REINFORCE] = {"reinforce", 2e-3, 500},
+    [EXACT_GRPO] = {"grpo", 5e-3, 1000},
 };
 
 /* The world: all its responses, with the reward of each and its probability under each policy. */
@@ -10644,6 +10839,14 @@ struct ExactFigures {
     double kl; /* KL(pi || pi_ref), nats */
     double objective; /* J */
 };
+
+/* KL(p || q) of two distributions over n answers, from their log-probabilities. */
+static double kl_of_logps(const double *p, const double *q, size_t n) {
+    double kl = 0;
+    for (size_t i = 0; i < n; i++)
+        kl += exp(p[i]) * (p[i] - q[i]);
+    return kl;
+}
 
 /* exact_figures -- what a policy is worth, from sums over all n responses, not from samples.
  *                                                      [glossary: Função objetivo]
@@ -10697,6 +10900,56 @@ static void exact_best_of_n(const struct ExactWorld *w, size_t n, double *logps)
         double p = pow(lower + exp(ref_logps[i]), (double)n) - pow(lower, (double)n);
         logps[i] = log(MAX(p, DBL_MIN));
     }
+}
+
+/* exact_grpo_limit -- the policy at which GRPO's expected gradient is 0 (with scale_rewards none):
+ * the best one, if later tokens cost nothing.
+ *   pi(a | s) = pi_ref(a | s) e^(Q(s,a) / beta) / Z(s)     for each beginning s and next token a
+ *   Q(s,a)    = E[r | s, a], the expected reward if the answer goes on by this same policy
+ * In J each answer pays for the KL of all its tokens, and PPO and REINFORCE take that from its
+ * reward. GRPO's advantage is made of scores alone, and its KL stands in the loss, position by
+ * position: a token answers for its own KL, but not for the KL that it leads to. So at an answer's
+ * last token GRPO finds what is best; at earlier ones it goes too readily where the reward can be
+ * had only by moving far from the reference later on. (The optimum has beta log Z(s,a), the reward
+ * minus beta times the KL to come, in place of Q.) Answers of one token have no later ones: there
+ * the two are the same.
+ * Dividing by the group's standard deviation would change more: what GRPO then maximizes has
+ * beta times that deviation for its beta, and the deviation falls as the policy learns.
+ * out  logps (w->n)
+ * By hand: 2 tokens, V 2, pi_ref 1/4 for each answer, r = (0, 2, 0, 0), beta 1. After token 0:
+ * e^0 : e^2 = 0.1192 : 0.8808, Q = 1.7616; after token 1: 1/2, Q = 0. First token: e^1.7616 : 1 =
+ * 0.8534 : 0.1466. The optimum has Z = (1 + e^2 + 1 + 1)/4, so 0.8075 : 0.1925.
+ *                                                                     test: exact_grpo_limit */
+static void exact_grpo_limit(const struct ExactWorld *w, struct Arena *arena, double *logps) {
+    /* 1. All beginnings of one length at a time, starting with whole answers: their value is r. */
+    double *value = arena_alloc(arena, w->n, sizeof *value);
+    double *ref_logps = arena_alloc(arena, w->n, sizeof *ref_logps);
+    double *log_pi = arena_alloc(arena, w->V, sizeof *log_pi);
+    memcpy(value, w->r, w->n * sizeof *value);
+    memcpy(ref_logps, w->logps[EXACT_REFERENCE], w->n * sizeof *ref_logps);
+    for (size_t i = 0; i < w->n; i++)
+        logps[i] = 0;
+
+    /* 2. One token shorter: beginning s goes on as s V, s V + 1, ... For each of them, chapter 5's
+     *    closed form over the next token. */
+    for (size_t below = 1; below < w->n; below *= w->V)
+        for (size_t s = 0; s < w->n / below / w->V; s++) {
+            const double *ref_next = ref_logps + s * w->V;
+            const double *Q = value + s * w->V;
+            exact_optimum(ref_next, Q, w->V, w->beta, log_pi);
+            double expected = 0;
+            double mass = 0;
+            for (size_t a = 0; a < w->V; a++) {
+                expected += exp(log_pi[a]) * Q[a];
+                mass += exp(ref_next[a]);
+                /* log pi of an answer is a sum over its tokens; `below` answers begin with s, a */
+                for (size_t i = 0; i < below; i++)
+                    logps[(s * w->V + a) * below + i] += log_pi[a];
+            }
+            /* places of the beginnings that have been used up hold those that are shorter */
+            value[s] = expected;
+            ref_logps[s] = log(mass);
+        }
 }
 
 /* exact_dpo_loss -- DPO's loss, expected over all pairs of answers.
@@ -10878,31 +11131,56 @@ static void exact_train_dpo(const struct ExactWorld *w, struct GPT2 *model,
     arena_free(&arena);
 }
 
-/* PPO or REINFORCE, by chapter 17's own step functions. */
+/* PPO's trainer in this world. */
+static struct RolloutTrainer *exact_ppo(const struct ExactWorld *w, struct GPT2 *model,
+                                        const struct TrainingArguments *args) {
+    struct PPOConfig config = ppo_config();
+    config.batch_size = EXACT_BATCH;
+    config.mini_batch_size = EXACT_BATCH;
+
+    /* Beta is fixed: the optimum that all are compared with is that of this beta, and a controller
+     * would lead to another one's. */
+    config.init_kl_coef = w->beta;
+    config.adap_kl_ctrl = false;
+
+    /* each batch is used twice; the value head, which starts at random, learns faster than usual */
+    config.ppo_epochs = 2;
+    config.vf_coef = 0.5;
+    return ppo_trainer_new(model, w->ref_model, config, *args, 1);
+}
+
+/* GRPO's: all answers are one group, and nothing is divided by its deviation. */
+static struct RolloutTrainer *exact_grpo(const struct ExactWorld *w, struct GPT2 *model,
+                                         struct TrainingArguments args) {
+    /* beta in J's own sense: divided rewards would need a divided beta */
+    struct GRPOConfig config = {
+        .num_generations = EXACT_BATCH,
+        .num_iterations = 1,
+        .max_completion_length = w->T,
+        .beta = w->beta,
+        .use_bias_correction_kl = true,
+        .epsilon = 0.2,
+        .epsilon_high = 0.2,
+        .loss_type = GRPO_LOSS_DAPO,
+        .scale_rewards = SCALE_REWARDS_NONE,
+    };
+    args.per_device_train_batch_size = EXACT_BATCH;
+    return grpo_trainer_new(model, w->ref_model, config, args, 1);
+}
+
+/* PPO, GRPO or REINFORCE, by chapter 17's own step functions. */
 static void exact_train_rollouts(const struct ExactWorld *w, struct GPT2 *model,
                                  const struct TrainingArguments *args, enum ExactPolicy method) {
     struct Arena arena = {0};
     struct RolloutTrainer *trainer;
-    if (method == EXACT_REINFORCE) {
-        /* all answers are to the one prompt: each is compared with all others */
-        struct ReinforceConfig config = {BASELINE_RLOO, EXACT_BATCH, EXACT_BATCH, w->beta};
-        trainer = reinforce_trainer_new(model, w->ref_model, config, *args, 1);
-    } else {
-        struct PPOConfig config = ppo_config();
-        config.batch_size = EXACT_BATCH;
-        config.mini_batch_size = EXACT_BATCH;
-
-        /* Beta is fixed: the optimum that both are compared with is that of this beta, and a
-         * controller would lead them to another one's. */
-        config.init_kl_coef = w->beta;
-        config.adap_kl_ctrl = false;
-
-        /* each batch is used twice; the value head, which starts at random, learns faster than
-         * usual */
-        config.ppo_epochs = 2;
-        config.vf_coef = 0.5;
-        trainer = ppo_trainer_new(model, w->ref_model, config, *args, 1);
-    }
+    /* REINFORCE: all answers are to the one prompt, and each is compared with all others */
+    struct ReinforceConfig reinforce = {BASELINE_RLOO, EXACT_BATCH, EXACT_BATCH, w->beta};
+    if (method == EXACT_PPO)
+        trainer = exact_ppo(w, model, args);
+    else if (method == EXACT_GRPO)
+        trainer = exact_grpo(w, model, *args);
+    else
+        trainer = reinforce_trainer_new(model, w->ref_model, reinforce, *args, 1);
     trainer->total_steps = EXACT[method].steps;
 
     struct Rng rng = rng_seed(w->seed, STREAM_SAMPLE);
@@ -10910,10 +11188,7 @@ static void exact_train_rollouts(const struct ExactWorld *w, struct GPT2 *model,
         /* on-policy: each step learns from new answers, since the last ones are another policy's */
         arena_reset(&arena);
         struct Rollout *rollouts = exact_rollouts(w, model, &rng, &arena);
-        if (method == EXACT_PPO)
-            ppo_step(trainer, rollouts);
-        else
-            reinforce_step(trainer, rollouts);
+        rollout_step(trainer, rollouts);
     }
     rollout_trainer_free(trainer);
     arena_free(&arena);
@@ -10944,17 +11219,20 @@ static void exact_train(struct ExactWorld *w, enum ExactPolicy method) {
         EXACT[method].steps, exact_figures(w, w->logps[method]).kl_to_optimum);
 }
 
-/* exact_run -- the optimum at beta, and the three trainings.                  test: exact_run */
+/* exact_run -- the optimum at beta, GRPO's limit, and the four trainings.   test: exact_run */
 static void exact_run(struct ExactWorld *w, double beta) {
     /* 1. The optimum by its formula, from the reference and the rewards alone. log Z is kept,
      *    because beta log Z is the largest J that any policy can have. */
     w->beta = beta;
     w->log_Z = exact_optimum(w->logps[EXACT_REFERENCE], w->r, w->n, beta, w->logps[EXACT_OPTIMUM]);
+    struct Arena arena = {0};
+    exact_grpo_limit(w, &arena, w->logps[EXACT_GRPO_LIMIT]);
+    arena_free(&arena);
 
-    /* 2. The three trainings share nothing that they write, so each gets a thread. The one with the
-     *    most steps starts first. */
+    /* 2. The trainings share nothing that they write, so each gets a thread. Those with the most
+     *    steps start first. */
 #pragma omp parallel for schedule(dynamic, 1)
-    for (int k = EXACT_REINFORCE; k >= EXACT_DPO; k--)
+    for (int k = EXACT_GRPO; k >= EXACT_DPO; k--)
         exact_train(w, (enum ExactPolicy)k);
 }
 
@@ -11096,12 +11374,46 @@ static double response_kl(const struct GPT2 *policy, const struct GPT2 *ref_mode
     return total / (double)n;
 }
 
+/* Whether a text can be cut before a token without cutting a word. GPT-2's tokens have the space in
+ * front of a word as their first byte. */
+static bool starts_word(const struct Tokenizer *tok, size_t V, int id) {
+    struct Text token = tokenizer_decode(tok, id, V);
+    /* a padded vocabulary has ids without a text */
+    return token.length > 0 && isspace((unsigned char)token.data[0]);
+}
+
+/* whole_words -- cuts an answer that the limit of tokens ended, so that it ends where a word or a
+ * sentence does. What is left is what the scorer judges and what is shown: half a word is neither
+ * good nor bad English, and a scorer has hardly ever read one.
+ * in, out  answer: longer than its prompt; one that ended by itself, or with . ! or ?, stays whole
+ * By hand: of the answer " f|il|ms| are| dis|p" (six tokens) " f|il|ms| are" is left, four; but
+ * " are| f|il|ms|." stays.                                                test: whole_words */
+static void whole_words(const struct Tokenizer *tok, const struct GPT2Config *policy,
+                        struct Example *answer) {
+    size_t V = policy->vocab_size;
+    if (example_ended(answer, policy->eos_token_id))
+        return;
+    /* 1. the end of a sentence: the token's last byte says so */
+    struct Text token = tokenizer_decode(tok, answer->ids[answer->n - 1], V);
+    if (token.length > 0 && memchr(".!?", token.data[token.length - 1], 3))
+        return;
+
+    /* 2. Nobody knows whether the last word was complete: the token that would tell was not drawn.
+     *    So it goes. A single word, which may be a text in a script without spaces, stays. */
+    size_t end = answer->n - 1;
+    while (end > answer->prompt_length && !starts_word(tok, V, answer->ids[end]))
+        end--;
+    if (end > answer->prompt_length)
+        answer->n = end;
+}
+
 /* The examination that policies sit: the same prompts, sampling and scorer for all. Their KL is
  * measured from ref_model; NULL: it is not measured. */
 struct Examination {
     const struct GPT2 *ref_model;
     const struct Scorer *scorer;
     const struct Example *prompts;
+    const struct Text *others; /* (n) of each prompt's data row: for a reward program, or NULL */
     size_t n;
     struct GenerationConfig generation;
     uint64_t seed;
@@ -11131,6 +11443,8 @@ static struct PolicyResult policy_measure(const struct GPT2 *policy, const struc
      *    numbers, so differences are due to the policies. */
     struct Rng rng = rng_seed(exam->seed, STREAM_SAMPLE);
     result.answers = sample_answers(policy, arena, exam->prompts, n, 1, &exam->generation, &rng);
+    for (size_t i = 0; i < n; i++)
+        whole_words(exam->scorer->tok, &policy->config, &result.answers[i]);
 
     /* 2. the answers as text, and their mean length in tokens, end token not counted */
     for (size_t i = 0; i < n; i++) {
@@ -11143,8 +11457,8 @@ static struct PolicyResult policy_measure(const struct GPT2 *policy, const struc
     /* 3. the bare reward: the penalty for short answers is a device of training */
     struct Scorer plain = *exam->scorer;
     plain.least_length = 0;
-    scorer_score(&plain, arena, result.answers, n, &policy->config, result.reward);
-    result.mean_reward = mean_of(result.reward, n);
+    scorer_score(&plain, arena, result.answers, n, &policy->config, exam->others, result.reward);
+    result.mean_reward = mean_score(result.reward, n);
 
     /* 4. what the reward has cost */
     result.distinct_2 = distinct_2(result.texts, n);
@@ -11163,18 +11477,27 @@ struct Course {
     const char *output_dir, *command, *data;
     const char *tokenizer; /* --tokenizer, or NULL if it was found by itself */
     uint64_t seed;
-    size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, vocab_size;
+    size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, grpo_steps, vocab_size;
     double temperature; /* of all sampling */
     double scale; /* of learning rates: 1 for a new, narrow model */
     struct Example *train, *held_out; /* token ids of the rated texts, end token last */
     double *train_rating, *held_out_rating;
     size_t train_n, held_out_n;
     struct Example *prompts, *test_prompts; /* beginnings of train and of held-out texts */
+    /* The texts are docs/reviews.jsonl. Of a pair whose mean ratings are 1 or more apart, one of the
+     * first text's 15 or more raters gave the higher rating than one of the second's in 0.94 of
+     * cases (ties half): more a judge who learns from these ratings can hardly reach. */
+    bool is_shipped;
+    struct RewardProgram *program; /* --reward_command, or NULL */
+    bool only_program; /* it judges in the reward model's place, which is not trained */
+    double weight[2]; /* of the two, if both judge */
+    struct Text *others, *prompt_others, *test_others; /* of the texts' rows; NULL: no program */
     size_t prompt_n, test_n;
-    struct GPT2 *language_model, *reward_model, *ppo, *dpo;
+    struct GPT2 *language_model, *reward_model, *ppo, *dpo, *grpo;
     struct Scorer scorer;
     float *held_out_reward;
-    struct PolicyResult result[3]; /* before, ppo, dpo */
+    size_t policies; /* 3, or with grpo_steps 4: */
+    struct PolicyResult result[4]; /* before, ppo, dpo, grpo */
     float *best_of; /* (COURSE_BEST_OF) mean reward of the best of 1, 2, 4 .. answers, at n - 1 */
     double eval_loss_before, eval_loss_after, eval_accuracy;
 };
@@ -11190,7 +11513,8 @@ enum {
     COURSE_TEST_PROMPTS = 256,
     COURSE_FEW_PROMPTS = 64, /* of these, for measurements on the way */
     COURSE_BEST_OF = 16, /* answers to a prompt, of which the best counts */
-    COURSE_MAX_NEW = 28, /* tokens of an answer in an examination */
+    COURSE_LONG_WORD = 6, /* tokens within which a prompt's last word should end */
+    COURSE_MAX_NEW = 48, /* tokens of an answer in an examination: nine of ten end by themselves */
     COURSE_LEAST_LENGTH = 10, /* an answer that ends with fewer tokens is penalized */
     COURSE_PREFIX = 20, /* tokens of the beginnings by which rewards are scaled: course_scorer */
     COURSE_TOKENS_A_STEP = 512 /* in the language model's training */
@@ -11198,22 +11522,65 @@ enum {
 
 static const struct LengthSampler COURSE_PROMPT_LENGTH = {2, 8};
 
-/* Prompts: the beginnings of texts, 2 to 7 tokens, never a whole text; one per text, and no more
- * than `most`. Returns how many. */
-static size_t course_prompts(const struct Example *texts, size_t n, size_t most, struct Rng *rng,
-                             struct Example *prompts) {
+/* prompt_end -- where a text's beginning of about `length` tokens ends so that no word is cut: at
+ * the next word's start, or, if that is far away or the text's end is nearer, at the last one's. A
+ * prompt cut inside a word asks for a spelling, not for an opinion, and is no English to look at.
+ * By hand: "The| f|il|ms| are| dis|p|ir|ited", end: length 2, after " f": 4, where " are" starts.
+ * Length 6, after " dis": no word starts behind it: 5. A text without spaces: as it was.
+ *                                                                         test: whole_words */
+static size_t prompt_end(const struct Course *course, const struct Example *text, size_t length) {
+    /* 1. Forward, over the rest of the word. One longer than this may be a script without spaces;
+     *    the end token, the text's last, starts no word. */
+    size_t limit = MIN(text->n - 1, length + COURSE_LONG_WORD);
+    for (size_t t = length; t < limit; t++)
+        if (starts_word(course->tok, course->vocab_size, text->ids[t]))
+            return t;
+
+    /* 2. else back to where this word began */
+    for (size_t t = length; t-- > 1;)
+        if (starts_word(course->tok, course->vocab_size, text->ids[t]))
+            return t;
+    return length;
+}
+
+/* Prompts: the beginnings of texts, 2 to 7 tokens and the rest of their last word, never a whole
+ * text; one per text, and no more than `most`. Returns how many. */
+static size_t course_prompts(const struct Course *course, const struct Example *texts, size_t n,
+                             size_t most, struct Rng *rng, struct Example *prompts) {
     /* in the order of the texts, which the split has shuffled already */
     size_t count = 0;
     for (size_t i = 0; i < n && count < most; i++) {
         /* drawn for every text, even one that is too short: otherwise a short text would shift the
          * lengths of all that follow */
         size_t length = length_sampler(&COURSE_PROMPT_LENGTH, rng);
+        if (texts[i].n <= length + 1)
+            continue;
         /* the ids are shared with the text; all of them are prompt (prompt_length), since nothing
          * is to be learnt from them */
-        if (texts[i].n > length + 1)
-            prompts[count++] = (struct Example){texts[i].ids, length, length};
+        size_t end = prompt_end(course, &texts[i], length);
+        prompts[count++] = (struct Example){texts[i].ids, end, end};
     }
     return count;
+}
+
+/* The other fields of the rows that n prompts were cut from, in the texts' order; NULL if none were
+ * kept. A prompt has the ids of its text: that tells which one it is. */
+static struct Text *course_others(struct Course *course, const struct Example *texts,
+                                  const struct Text *others, const struct Example *prompts,
+                                  size_t n) {
+    if (!others)
+        return NULL;
+    struct Text *own = arena_alloc(&course->arena, n, sizeof *own);
+    /* Texts that are too short have no prompt, so a prompt's number is not its text's. But both
+     * lists are in the same order: one pass finds all. */
+    for (size_t i = 0; i < n; i++, texts++, others++) {
+        while (texts->ids != prompts[i].ids) {
+            texts++;
+            others++;
+        }
+        own[i] = *others;
+    }
+    return own;
 }
 
 /* The rated texts as ids, in the given order: first those held out, a tenth, then those to learn
@@ -11222,6 +11589,8 @@ static void course_encode(struct Course *course, const struct Dataset *data, con
     size_t n = data->n;
     size_t empty = 0;
     struct Example *all = arena_alloc(&course->arena, n, sizeof *all);
+    if (course->program)
+        course->others = arena_alloc(&course->arena, n, sizeof *course->others);
     double *rating = arena_alloc(&course->arena, n, sizeof *rating);
     /* the model's own end token, which need not be GPT-2's */
     const int *end_token = &course->language_model->config.eos_token_id;
@@ -11231,6 +11600,8 @@ static void course_encode(struct Course *course, const struct Dataset *data, con
         all[i] =
             example_encode(&course->arena, course->tok, row->text, course->vocab_size, end_token);
         rating[i] = row->score;
+        if (course->others)
+            course->others[i] = row->others;
         empty += row->text.length == 0;
     }
     /* empty texts stay in the data, as an end token alone */
@@ -11264,11 +11635,17 @@ static void course_split(struct Course *course, const struct Dataset *data) {
 
     /* 3. Prompts from both parts: those that policies practise on, and those of the examination. */
     course->prompts = arena_alloc(arena, course->train_n, sizeof *course->prompts);
-    course->prompt_n =
-        course_prompts(course->train, course->train_n, course->train_n, &rng, course->prompts);
+    course->prompt_n = course_prompts(course, course->train, course->train_n, course->train_n, &rng,
+                                      course->prompts);
     course->test_prompts = arena_alloc(arena, course->held_out_n, sizeof *course->test_prompts);
-    course->test_n = course_prompts(course->held_out, course->held_out_n, COURSE_TEST_PROMPTS, &rng,
-                                    course->test_prompts);
+    course->test_n = course_prompts(course, course->held_out, course->held_out_n,
+                                    COURSE_TEST_PROMPTS, &rng, course->test_prompts);
+    course->test_others = course_others(course, course->held_out, course->others,
+                                        course->test_prompts, course->test_n);
+    course->prompt_others =
+        course_others(course, course->train,
+                      course->others ? course->others + course->held_out_n : NULL, course->prompts,
+                      course->prompt_n);
     CHECK(course->prompt_n > 0 && course->test_n > 0,
           "%s: its texts are too short to take prompts of 2 to 7 tokens from", data->path);
 }
@@ -11330,7 +11707,12 @@ static struct GenerationConfig course_generation(const struct Course *course,
 }
 
 /* Stage 1: a language model, from random weights or from those of a given folder. It is the start
- * of both policies, and their reference. */
+ * of both policies, and their reference.
+ * Why these settings? Bits a character on held-out texts, the lower the better: 3200 steps 1.927,
+ * 2000 steps 1.966, since what the model lacks is practice. In the time of those 2000 steps a
+ * vocabulary of 2049 ids, whose steps are cheaper, reaches 1.977 with 2800, and inputs of which a
+ * tenth are exchanged for others, a guard against learning by heart, 2.012. After 600 steps:
+ * 2.141; 1200 steps of half as many tokens 2.149; first weights from N(0, 0.05^2) 2.159. */
 static void course_language_model(struct Course *course, double learning_rate) {
     /* 1. Rows fill the context; the longer they are, the fewer a step has, for as many tokens. */
     size_t rows = MAX((size_t)1, COURSE_TOKENS_A_STEP / course->language_model->config.n_positions);
@@ -11384,7 +11766,14 @@ static void course_scorer(struct Course *course) {
 
     /* 3. An answer that ends before COURSE_LEAST_LENGTH tokens scores -2 at most: two deviations
      *    below what people write, less than almost any text gets. */
-    course->scorer = (struct Scorer){model, course->tok, mean, deviation, COURSE_LEAST_LENGTH, -2};
+    course->scorer = (struct Scorer){
+        .reward_model = model,
+        .tok = course->tok,
+        .mean = mean,
+        .std = deviation,
+        .least_length = COURSE_LEAST_LENGTH,
+        .short_score = -2,
+    };
 }
 
 /* Stage 2: the raters' taste.                            [glossary: Função de recompensa] */
@@ -11423,12 +11812,82 @@ static void course_reward_model(struct Course *course) {
     const struct TrainerState *state = &trainer.state;
     log_find(&state->log_history[state->log_count - 1], "eval_accuracy", &course->eval_accuracy);
     course->held_out_reward = task.eval_reward;
-    say("%s: %.3f of held-out pairs ordered as people did\n", trainer.task.name,
-        course->eval_accuracy);
+    say("%s: %.3f of held-out pairs ordered as people did%s\n", trainer.task.name,
+        course->eval_accuracy, course->is_shipped ? " (single raters: 0.94)" : "");
 
     /* 4. Its rewards become scores. */
     course_scorer(course);
     course_finish(course, "reward_model", &trainer);
+}
+
+/* The examination that policies sit, with the first n of its prompts. */
+static struct Examination course_examination(const struct Course *course, size_t n) {
+    /* all policies answer the same prompts with the same random numbers, so that they can be
+     * compared */
+    return (struct Examination){
+        .ref_model = course->language_model,
+        .scorer = &course->scorer,
+        .prompts = course->test_prompts,
+        .others = course->test_others,
+        .n = MIN(n, course->test_n),
+        .generation = course_generation(course, COURSE_MAX_NEW),
+        .seed = course->seed + 1, /* not the random numbers used in training */
+    };
+}
+
+/* course_program -- a program as judge: the zero and the unit of its scores.
+ * A program's numbers mean something, unlike a reward model's, but not to PPO: the price of a nat
+ * of KL, and what the value head has to learn, are numbers too, and suit scores that differ by
+ * about 1. Whether a program counts to 1 or to 100, a score of 1 is to mean: one standard deviation
+ * better than what the language model writes before any training. (Real texts give the scale of a
+ * reward model. For a program they may not: most answer no question that it could check.) No score
+ * is limited for short answers: a reward model is fooled by them, a program says what it wants. */
+static void course_program(struct Course *course) {
+    struct Arena arena = {0};
+    /* 1. the numbers as they are, of answers to prompts that PPO will practise on */
+    struct Scorer bare = {.tok = course->tok, .std = 1, .program = course->program};
+    /* not the examination's prompts: what is measured there must not set the scale */
+    struct Examination exam = course_examination(course, COURSE_TEST_PROMPTS);
+    exam.scorer = &bare;
+    exam.ref_model = NULL; /* the language model is the reference: its KL would be 0 */
+    exam.prompts = course->prompts;
+    exam.others = course->prompt_others;
+    exam.n = MIN((size_t)COURSE_TEST_PROMPTS, course->prompt_n);
+    struct PolicyResult result = policy_measure(course->language_model, &exam, &arena);
+
+    /* 2. Their mean and deviation. If all are the same, no scale can be told from them: PPO may
+     *    still find an answer that gets another number. */
+    size_t n = scores_given(result.reward, exam.n, result.reward);
+    double deviation = n > 1 ? sqrt(unbiased_variance(result.reward, n)) : 0;
+    if (deviation > 0) {
+        course->program->mean = mean_of(result.reward, n);
+        course->program->std = deviation;
+    } else {
+        warn("--reward_command: gives all %zu answers the same number, or none: unless it tells "
+             "answers apart, nothing can be learnt from it",
+             exam.n);
+    }
+
+    /* 3. It judges alone, or its weighted score is added to the reward model's. */
+    course->scorer.tok = course->tok;
+    course->scorer.program = course->program;
+    memcpy(course->scorer.weight, course->weight, sizeof course->weight);
+    /* without a reward model there is no scale of its own, and course_scorer has not run */
+    if (course->only_program)
+        course->scorer.std = 1;
+    say("2/4 reward program: the language model's answers get %.4g on average, standard deviation "
+        "%.4g: these become 0 and 1\n",
+        course->program->mean, course->program->std);
+    arena_free(&arena);
+}
+
+/* Stage 2: who judges? The reward model, a program, or both. */
+static void course_judges(struct Course *course) {
+    /* the model first: it sets the scale of its own scores, to which a program's are added */
+    if (!course->only_program)
+        course_reward_model(course);
+    if (course->program)
+        course_program(course);
 }
 
 /* Where PPO's answers come from: all prompts, shuffled. Order, lengths and tokens are drawn from
@@ -11439,6 +11898,7 @@ static struct RolloutSource course_rollouts(struct Course *course) {
      * of a pass: drawing the first prompt starts a new, shuffled one. */
     return (struct RolloutSource){
         .prompts = course->prompts,
+        .others = course->prompt_others,
         .n = n,
         .at = n,
         .order = arena_order(&course->arena, n),
@@ -11483,6 +11943,35 @@ static void course_ppo(struct Course *course) {
     rollout_trainer_free(ppo);
 }
 
+/* GRPO on the same prompts with the same judge, if --grpo_steps asks for it: as many answers a step
+ * as PPO has, in groups of 8. */
+static void course_grpo(struct Course *course) {
+    course->grpo = gpt2_copy(course->language_model);
+    struct GRPOConfig config = {
+        .num_generations = 8,
+        .num_iterations = 1,
+        .max_completion_length = 28,
+        .epsilon = 0.2,
+        .epsilon_high = 0.2,
+        .loss_type = GRPO_LOSS_DAPO,
+        .scale_rewards = SCALE_REWARDS_GROUP,
+        .beta = 0.04,
+        .use_bias_correction_kl = true,
+        /* a model of 64 positions knows best what it has read at the beginning */
+        .padding_side = PADDING_RIGHT,
+    };
+    struct Trainer trainer = course_trainer(course, course->grpo, 1e-3, course->grpo_steps, 64, 5);
+    trainer.args.logging_steps = 1;
+    struct RolloutTrainer *grpo = grpo_trainer_new(course->grpo, course->language_model, config,
+                                                   trainer.args, course->temperature);
+    grpo->tok = course->tok;
+    struct RolloutSource source = course_rollouts(course);
+    rollout_train(grpo, &source, course->grpo_steps,
+                  arena_printf(&course->arena, "%s/grpo", course->output_dir), &trainer.state);
+    course_finish(course, "grpo", &trainer);
+    rollout_trainer_free(grpo);
+}
+
 /* Collects pairs from the language model's own answers, with the scorer in the place of a person.
  * [glossary: Coleta de dados] pairs: room for 2n examples; returns how many pairs. */
 static size_t course_collect(struct Course *course, size_t n, struct Example *pairs) {
@@ -11503,29 +11992,17 @@ static size_t course_collect(struct Course *course, size_t n, struct Example *pa
         .generation = &generation,
         .num_generations = ANSWERS,
         .scorer = &course->scorer,
+        .others = course->prompt_others,
         .only_ended = only_ended,
     };
     size_t count = collect_preferences(&source, &course->arena, course->prompts, n, &rng, pairs);
     say("4/4 dpo: %zu pairs collected from %zu answers\n", count, n * ANSWERS);
     static const char none[] = "no two of the language model's answers to a prompt could be told "
-                               "apart, or none ended by itself, so no pair could be formed; train "
-                               "it longer (--pretrain_steps)";
-    CHECK(count > 0 || course->dpo_steps == 0, "%s", none);
+                               "apart, or none ended by itself, so no pair could be formed; ";
+    CHECK(count > 0 || course->dpo_steps == 0, "%s%s", none,
+          course->program ? "--reward_command must give one of them a higher number"
+                          : "train it longer (--pretrain_steps)");
     return count;
-}
-
-/* The examination that policies sit, with the first n of its prompts. */
-static struct Examination course_examination(const struct Course *course, size_t n) {
-    /* all policies answer the same prompts with the same random numbers, so that they can be
-     * compared */
-    return (struct Examination){
-        .ref_model = course->language_model,
-        .scorer = &course->scorer,
-        .prompts = course->test_prompts,
-        .n = MIN(n, course->test_n),
-        .generation = course_generation(course, COURSE_MAX_NEW),
-        .seed = course->seed + 1, /* not the random numbers used in training */
-    };
 }
 
 /* best_of_n -- the mean reward of the best of n answers to one prompt.
@@ -11534,15 +12011,49 @@ static struct Examination course_examination(const struct Course *course, size_t
  * By hand: rewards 1, 3, 2, 0: best of 1: 1.5; of 2: (3 + 2) / 2; of 4: 3.    test: best_of_n */
 static float best_of_n(const float *reward, size_t count, size_t n) {
     double sum = 0;
+    size_t groups = 0;
     /* each group of n answers is one try: its best answer is what would be kept */
     for (size_t first = 0; first + n <= count; first += n) {
         float best = reward[first];
         for (size_t i = first; i < first + n; i++)
-            best = MAX(best, reward[i]);
+            if (reward[i] > best || isnan(best))
+                best = reward[i];
+        /* No answer of this group has a score, as a program may give none: there is no best one,
+         * and the mean is that of the other groups. */
+        if (isnan(best))
+            continue;
         sum += best;
+        groups++;
     }
     /* answers that do not fill a group are left out */
-    return (float)(sum / (double)(count / n));
+    return (float)(sum / (double)groups);
+}
+
+/* best_of_n_expected -- the reward of the best of n answers, expected over all ways to choose these
+ * n from the N answers to one prompt.
+ *   sum_i C(i - 1, n - 1) / C(N, n) r_(i)      r_(1) <= ... <= r_(N); C: binomial coefficients
+ * For the i-th smallest is the best of n if the other n - 1 are among the i - 1 below it. Like
+ * best_of_n it is right on average for any n, but it uses each answer in all its groups: for n = 1
+ * it is the mean, for n = N the largest, and in between there is less noise.
+ * What it shows is over-optimisation, beside best_of_n_kl: the reward rises with n, always, because
+ * the best of n is chosen by the judge's own word, and so does the distance from the policy, as
+ * log n. A reward that PPO reaches at a larger KL than best of n was bought too dearly. And what
+ * people think of the answers follows the reward only for a while: a judge that is wrong somewhere
+ * is wrong most where its reward is highest (Gao 2022, Scaling Laws for Reward Model
+ * Overoptimization).
+ * in   reward (N): sorted, none NaN; n: at most N
+ * By hand: rewards 0, 1, 4, best of 2: of {0,1} 1, of {0,4} and {1,4} 4: (1 + 4 + 4) / 3 = 3.
+ *                                                                 test: best_of_n_expected */
+static double best_of_n_expected(const float *reward, size_t N, size_t n) {
+    double expected = 0;
+    /* the largest is the best of n / N of all choices; of what is left, the next one, and so on:
+     * no binomial coefficient is computed, which could overflow */
+    double share = (double)n / (double)N;
+    for (size_t i = N; i >= n; i--) {
+        expected += share * reward[i - 1];
+        share *= i > n ? (double)(i - n) / (double)(i - 1) : 0;
+    }
+    return expected;
 }
 
 /* How much reward is to be had without any training? The language model answers each prompt
@@ -11556,6 +12067,7 @@ static void course_best_of_n(struct Course *course) {
     for (size_t i = 0; i < exam.n * COURSE_BEST_OF; i++)
         prompts[i] = exam.prompts[i / COURSE_BEST_OF];
     exam.prompts = prompts;
+    exam.others = others_of_answers(&arena, exam.others, exam.n, COURSE_BEST_OF);
     exam.n *= COURSE_BEST_OF;
 
     /* 2. Their rewards. The KL need not be measured: best_of_n_kl bounds it. */
@@ -11639,9 +12151,11 @@ static void course_run(struct Course *course, const struct Dataset *data,
 
     /* 2. The three other stages. After each, a policy sits its examination. After the first of
      *    them, which makes scores possible, it is the language model itself: that is "before". */
-    void (*const stage[])(struct Course *) = {course_reward_model, course_ppo, course_dpo};
-    struct GPT2 **const policy[] = {&course->language_model, &course->ppo, &course->dpo};
-    for (size_t k = 0; k < COUNT(stage); k++) {
+    void (*const stage[])(struct Course *) = {course_judges, course_ppo, course_dpo, course_grpo};
+    struct GPT2 **const policy[] = {&course->language_model, &course->ppo, &course->dpo,
+                                    &course->grpo};
+    course->policies = course->grpo_steps ? COUNT(stage) : COUNT(stage) - 1;
+    for (size_t k = 0; k < course->policies; k++) {
         stage[k](course);
         struct Examination exam = course_examination(course, course->test_n);
         course->result[k] = policy_measure(*policy[k], &exam, &course->arena);
@@ -11695,10 +12209,12 @@ struct Explain {
     bool begun; /* a line of numbers has been printed since the last paragraph */
 };
 
-/* From chapter 27, the fields of an example or of one of its answers: a number, a word, a list of
- * numbers, and how many it has; the label of row i; and a field that a topic adds. */
+/* From chapter 27, the fields of an example or of one of its answers: a number, a word, its place
+ * among those allowed, a list of numbers, and how many it has; the label of row i; and a field that
+ * a topic adds. */
 static double get_number(const struct Json *object, const char *name);
 static const char *get_word(const struct Json *object, const char *name);
+static size_t get_choice(const struct Json *object, const char *name, const char *words);
 static size_t get_count(const struct Json *object, const char *name);
 static float *get_list(struct Explain *x, const struct Json *object, const char *name);
 static const char *get_label(struct Explain *x, const struct Json *object, const char *tokens,
@@ -13714,6 +14230,256 @@ static void explain_ppo(struct Explain *x) {
     tell_ppo_value(x, &a, &p, &c);
 }
 
+/* ---- grpo ----------------------------------------------------------------------------------- */
+
+static const char *const GRPO_TEXT[][2] = {
+    {"GRPO on some answers to one prompt, a group. No value head says what was to be expected: the "
+     "mean score of the group does. A says how much better an answer was, and is the same for all "
+     "of its tokens. scale_rewards group divides it by the standard deviation of the group's "
+     "scores (batch by that of the batch, which is only this group here; none not at all).",
+     "GRPO com algumas respostas a um mesmo prompt, um grupo. Nenhuma cabeça de valor diz o "
+     "que se podia esperar: quem diz é a pontuação média do grupo. A diz quanto a resposta foi "
+     "melhor, e é igual para todos os seus tokens. scale_rewards group divide A pelo desvio "
+     "padrão das pontuações do grupo (batch, pelo do lote, que aqui é só este grupo; none "
+     "não divide)."},
+    {"The update. ratio and clip are PPO's: how many times as probable a token is now (new) as "
+     "when it was written (log pi), believed from 1 - epsilon to 1 + epsilon_high. At the first "
+     "update nothing has moved yet: every ratio is 1, each loss is -A, and over answers of one "
+     "length they add up to 0. Learning is possible all the same: what counts is the slope. Here "
+     "an update has been made.",
+     "A atualização. ratio e corte são os do PPO: quantas vezes mais provável o token é "
+     "agora (new) do que quando foi escrito (log pi), aceito de 1 - epsilon até 1 + "
+     "epsilon_high. Na primeira atualização nada se moveu ainda: toda razão é 1, cada perda "
+     "é -A, e em respostas do mesmo comprimento elas somam 0. Mesmo assim dá para aprender: o "
+     "que conta é a inclinação. Aqui uma atualização já foi feita."},
+    {"kl estimates how far the policy is from the reference: k3, never negative. In PPO it is paid "
+     "as part of the rewards; here it is part of the loss, beta times, and has a slope of its own, "
+     "which pulls the token towards the reference even where the ratio is clipped. slope is the "
+     "derivative of the mean loss by new; a step goes against it.",
+     "kl estima a que distância da referência a política está: k3, nunca negativo. No PPO "
+     "ele é pago como parte das recompensas; aqui é parte da perda, vezes beta, e tem "
+     "inclinação própria, que puxa o token para a referência mesmo onde a razão é cortada. "
+     "inclin. é a derivada da perda média em relação a new; um passo vai contra ela."},
+    {"The loss is a mean over tokens; loss_type says which. dapo and bnpo: every token counts "
+     "alike (they differ only where a step has several parts). grpo: the mean of the answers' "
+     "means, so a token of a long answer counts less. dr_grpo: divided by the number of answers "
+     "and max_completion_length, whatever the lengths are.",
+     "A perda é uma média sobre os tokens; loss_type diz qual. dapo e bnpo: todo token conta "
+     "igual (só diferem quando um passo tem várias partes). grpo: a média das médias das "
+     "respostas, e assim um token de uma resposta longa conta menos. dr_grpo: dividida pelo "
+     "número de respostas e por max_completion_length, quaisquer que sejam os comprimentos."},
+};
+
+/* The example's settings. */
+static struct GRPOConfig explain_grpo_config(const struct Json *example, size_t answers) {
+    /* words become enums; what the example leaves open is as in a step of its own */
+    size_t loss_type = get_choice(example, "loss_type", GRPO_LOSS_NAMES);
+    size_t scale_rewards = get_choice(example, "scale_rewards", SCALE_REWARDS_NAMES);
+    return (struct GRPOConfig){
+        .num_generations = answers,
+        .num_iterations = 1,
+        .max_completion_length = (size_t)get_number(example, "max_completion_length"),
+        .beta = get_number(example, "beta"),
+        .use_bias_correction_kl = get_number(example, "use_bias_correction_kl") != 0,
+        .epsilon = get_number(example, "epsilon"),
+        .epsilon_high = get_number(example, "epsilon_high"),
+        .loss_type = (enum GRPOLossType)loss_type,
+        .scale_rewards = (enum ScaleRewards)scale_rewards,
+    };
+}
+
+/* What grpo_loss says of each token, as cells. */
+struct GRPOCells {
+    struct GRPOConfig config;
+    struct GRPOAnswer *answers;
+    float *logprobs, *ref_logprobs, *new_logprobs;
+    double *advantage, *ratio, *is_clipped, *kl, *loss, *dlogprob; /* of each token */
+    double total;
+};
+
+static struct GRPOCells grpo_cells(struct Explain *x, const struct Answers *a,
+                                   const float *advantages) {
+    struct GRPOCells c = {
+        .config = explain_grpo_config(x->example, a->n),
+        .answers = arena_zeros(x->arena, a->n, sizeof *c.answers),
+        .logprobs = answers_list(x, a, "logprobs"),
+        .ref_logprobs = answers_list(x, a, "ref_logprobs"),
+        .new_logprobs = answers_list(x, a, "new_logprobs"),
+    };
+    /* 1. all answers as one batch */
+    struct GRPOTokenLoss *tokens = arena_zeros(x->arena, a->R, sizeof *tokens);
+    float *dlogprobs = arena_floats(x->arena, a->R);
+    for (size_t b = 0; b < a->n; b++)
+        /* its tokens, in the lists of all */
+        c.answers[b] = (struct GRPOAnswer){
+            .length = a->start[b + 1] - a->start[b],
+            .advantage = advantages[b],
+            .old_logprobs = c.logprobs + a->start[b],
+            .logprobs = c.new_logprobs + a->start[b],
+            .ref_logprobs = c.ref_logprobs + a->start[b],
+            .tokens = tokens + a->start[b],
+            .dlogprobs = dlogprobs + a->start[b],
+        };
+    c.total = grpo_loss(&c.config, c.answers, a->n, (double)a->R);
+
+    /* 2. its structs, column by column */
+    double **cells[] = {&c.advantage, &c.ratio, &c.is_clipped, &c.kl, &c.loss};
+    for (size_t k = 0; k < COUNT(cells); k++)
+        *cells[k] = arena_alloc(x->arena, a->R, sizeof(double));
+    for (size_t b = 0, t = 0; b < a->n; b++)
+        for (; t < a->start[b + 1]; t++) {
+            c.advantage[t] = advantages[b];
+            c.ratio[t] = tokens[t].ratio;
+            c.is_clipped[t] = tokens[t].is_low_clipped || tokens[t].is_high_clipped;
+            c.kl[t] = tokens[t].kl;
+            c.loss[t] = tokens[t].loss;
+        }
+    c.dlogprob = doubles(x, dlogprobs, a->R);
+    return c;
+}
+
+/* Step 1: scores become advantages; answer 1 by hand. */
+static float *tell_grpo_advantages(struct Explain *x, const struct Answers *a) {
+    struct GRPOConfig config = explain_grpo_config(x->example, a->n);
+    float *scores = arena_floats(x->arena, a->n);
+    float *advantages = arena_floats(x->arena, a->n);
+    for (size_t b = 0; b < a->n; b++)
+        scores[b] = (float)get_number(a->object[b], "score");
+    CHECK(a->n > 1, "%sanswers: a group has two answers or more; found: %zu", x->place, a->n);
+    grpo_advantages(&config, scores, a->n, advantages);
+    struct ScoreMoments group = score_moments(scores, a->n);
+
+    /* a line for each answer, then the first of them in full */
+    tell(x, GRPO_TEXT[0]);
+    tell_prompt(x);
+    line(x, "  %-12s%9s%9s%9s", "", "score", x->pt ? "média" : "mean", "A");
+    for (size_t b = 0; b < a->n; b++) {
+        const char *label = arena_printf(x->arena, "%s %zu", x->pt ? "resposta" : "answer", b + 1);
+        line(x, "  %-12s%9.4f%9.4f%9.4f", label, (double)scores[b], group.mean,
+             (double)advantages[b]);
+        put_number(x, a->object[b], "advantage", advantages[b]);
+    }
+    line(x, "\n  %s 1", x->pt ? "resposta" : "answer");
+    bool is_scaled = config.scale_rewards != SCALE_REWARDS_NONE;
+    if (is_scaled) {
+        formula(x, "A = (score - mean) / (std + 1e-4)", "grpo_advantages");
+        line(x, "    = (%s - %s) / (%s + 1e-4) = %s", D(scores[0]), OP(group.mean), D(group.std),
+             D(advantages[0]));
+    } else {
+        formula(x, "A = score - mean", "grpo_advantages");
+        line(x, "    = %s - %s = %s", D(scores[0]), OP(group.mean), D(advantages[0]));
+    }
+    return advantages;
+}
+
+/* The clipped loss of one token by hand. */
+static void tell_grpo_token(struct Explain *x, const struct Answers *a, const struct GRPOCells *c,
+                            size_t t) {
+    double A = c->advantage[t];
+    double lowest = 1 - c->config.epsilon;
+    double highest = 1 + c->config.epsilon_high;
+    /* recomputed, since grpo_token_loss keeps it to itself */
+    double near = MAX(lowest, MIN(highest, c->ratio[t]));
+    /* PPO's part */
+    line(x, "\n  %s", first_label(x, a, t));
+    formula(x, "ratio = e^(new - log pi)", "grpo_answer_loss");
+    line(x, "        = e^(%s - %s) = %s", D(c->new_logprobs[t]), OP(c->logprobs[t]),
+         D(c->ratio[t]));
+    formula(x, "near  = clip(ratio, 1 - epsilon, 1 + epsilon_high)", "grpo_token_loss");
+    line(x, "        = clip(%s, %s, %s) = %s", D(c->ratio[t]), D(lowest), D(highest), D(near));
+    formula(x, "max(-A * ratio, -A * near)", "grpo_token_loss");
+    line(x, "        = max(%s, %s) = %s", D(-A * c->ratio[t]), D(-A * near),
+         D(MAX(-A * c->ratio[t], -A * near)));
+}
+
+/* The KL of a token by hand, its loss, and its slope. */
+static void tell_grpo_kl(struct Explain *x, const struct Answers *a, const struct GRPOCells *c,
+                         size_t t) {
+    double d = (double)c->ref_logprobs[t] - c->new_logprobs[t];
+    double A = c->advantage[t];
+    double near = MAX(1 - c->config.epsilon, MIN(1 + c->config.epsilon_high, c->ratio[t]));
+    bool is_corrected = c->config.use_bias_correction_kl;
+    /* from the two log-probabilities to k3, and with it to the loss */
+    line(x, "\n  %s", first_label(x, a, t));
+    formula(x, "d     = log ref - new", "kl_k3");
+    line(x, "        = %s - %s = %s", D(c->ref_logprobs[t]), OP(c->new_logprobs[t]), D(d));
+    formula(x, is_corrected ? "kl    = ratio (e^d - 1 - d)" : "kl    = e^d - 1 - d", "kl_k3");
+    line(x, "        = %s", D(c->kl[t]));
+    formula(x, "loss  = max(-A * ratio, -A * near) + beta * kl", "grpo_token_loss");
+    line(x, "        = %s + %s * %s = %s", D(MAX(-A * c->ratio[t], -A * near)), D(c->config.beta),
+         D(c->kl[t]), D(c->loss[t]));
+}
+
+/* Step 3: which mean the loss is; the first token's slope by hand. */
+static void tell_grpo_mean(struct Explain *x, const struct Answers *a, const struct GRPOCells *c) {
+    tell(x, GRPO_TEXT[3]);
+    line(x, "  %-12s%9s%9s", "", "tokens", x->pt ? "peso" : "weight");
+    for (size_t b = 0; b < a->n; b++) {
+        /* the weight of each token of an answer */
+        double share = grpo_token_share(&c->config, c->answers[b].length, a->n, (double)a->R);
+        const char *label = arena_printf(x->arena, "%s %zu", x->pt ? "resposta" : "answer", b + 1);
+        line(x, "  %-12s%9zu%9.4f%s", label, c->answers[b].length, share,
+             b ? "" : "             grpo_token_share");
+    }
+    line(x, "\n  %s", first_label(x, a, 0));
+    formula(x,
+            x->pt ? "inclin. = peso * (d1 + beta (1 - e^d)), onde"
+                  : "slope = weight * (d1 + beta (1 - e^d)), where",
+            "grpo_answer_loss");
+    line(x,
+         x->pt ? "  d1 = 0 se cortado, senão -A * ratio%s"
+               : "  d1 = 0 if clipped, else -A * ratio%s",
+         c->config.use_bias_correction_kl ? ", + beta * kl" : "");
+    line(x, "        = %s", D(c->dlogprob[0]));
+    formula(x,
+            x->pt ? "loss = soma de peso * loss de cada token"
+                  : "loss = sum of weight * loss of every token",
+            "grpo_loss");
+    line(x, "       = %s", D(c->total));
+    put_number(x, x->example, "loss", c->total);
+}
+
+/* explain grpo -- GRPO's loss on a group of answers, token by token. */
+static void explain_grpo(struct Explain *x) {
+    struct Answers a = answers_of(x, "logprobs");
+    /* 1. advantages */
+    float *advantages = tell_grpo_advantages(x, &a);
+    struct GRPOCells c = grpo_cells(x, &a, advantages);
+
+    /* 2. ratio and clip; by hand answer 1's first token, and its first clipped one */
+    const struct TableColumn ratios[] = {
+        {.head = "log pi", .at = doubles(x, c.logprobs, a.R)},
+        {.head = "new", .at = doubles(x, c.new_logprobs, a.R)},
+        {.head = "ratio", .at = c.ratio, .name = "ratios"},
+        {.head = "A", .at = c.advantage},
+        {.head = x->pt ? "cortado" : "clipped",
+         .at = c.is_clipped,
+         .name = "clipped",
+         .is_flags = true},
+    };
+    tell(x, GRPO_TEXT[1]);
+    tell_answers(x, &a, ratios, COUNT(ratios));
+    tell_grpo_token(x, &a, &c, 0);
+    size_t t = 1;
+    while (t < a.start[1] && !c.is_clipped[t])
+        t++;
+    if (t < a.start[1])
+        tell_grpo_token(x, &a, &c, t);
+
+    /* 3. the KL, the loss and its slope */
+    const struct TableColumn losses[] = {
+        {.head = "new", .at = doubles(x, c.new_logprobs, a.R)},
+        {.head = "log ref", .at = doubles(x, c.ref_logprobs, a.R)},
+        {.head = "kl", .at = c.kl, .name = "kl"},
+        {.head = "loss", .at = c.loss, .name = "token_losses"},
+        {.head = x->pt ? "inclin." : "slope", .at = c.dlogprob, .name = "dlogprobs"},
+    };
+    tell(x, GRPO_TEXT[2]);
+    tell_answers(x, &a, losses, COUNT(losses));
+    tell_grpo_kl(x, &a, &c, 0);
+    tell_grpo_mean(x, &a, &c);
+}
+
 /* ---- dpo ------------------------------------------------------------------------------------ */
 
 static const char *const DPO_TEXT[][2] = {
@@ -13940,6 +14706,8 @@ static const struct Topic {
     {"gae", "how a score at the end reaches the first token",
      "como uma pontuação no fim chega ao primeiro token", explain_gae},
     {"ppo", "a step of PPO, token by token", "um passo do PPO, token por token", explain_ppo},
+    {"grpo", "PPO without a value head: answers compared with each other",
+     "PPO sem cabeça de valor: respostas comparadas entre si", explain_grpo},
     {"dpo", "the same from a pair alone", "o mesmo, só com um par", explain_dpo},
     {"exact", "the best policy in closed form", "a melhor política em forma fechada",
      explain_exact},
@@ -14986,6 +15754,30 @@ static double json_field_number(const struct Json *item, bool is_label, const ch
     return number;
 }
 
+/* A row's members but prompt and completion, as they stand in its line, each after a comma: digits
+ * that no double holds, spaces and escapes stay, so a reward program sees what its author wrote.
+ * By hand: {"prompt": "3 + 4 =", "answer": 7.0} gives  , "answer": 7.0      test: data_others */
+static struct Text json_others(struct Arena *keep, struct Text line) {
+    struct Arena scratch = {0};
+    line = text_without_mark(text_copy(&scratch, line));
+    struct JsonParser p = {.arena = &scratch, .at = line.data, .end = line.data + line.length};
+    char *others = arena_alloc(&scratch, 2 * line.length + 3, 1); /* "," may become ", " */
+    size_t n = 0;
+    /* the line has been parsed as an object already: nothing here can fail */
+    for (bool more = json_take(&p, '{') && !json_take(&p, '}'); more; more = json_take(&p, ',')) {
+        struct Text key;
+        json_space(&p);
+        const char *start = p.at;
+        if (!json_string(&p, &key) || !json_take(&p, ':') || !json_value(&p))
+            break;
+        if (!text_equal(key, text_of("prompt")) && !text_equal(key, text_of("completion")))
+            n += (size_t)sprintf(others + n, ", %.*s", (int)(p.at - start), start);
+    }
+    struct Text kept = text_copy(keep, (struct Text){others, n});
+    arena_free(&scratch);
+    return kept;
+}
+
 /* Turns one line's object into a row of this shape. Fields that the shape does not use are not
  * checked: `label` may be "pos" where only texts are read. */
 static struct Row dataset_row(struct Arena *keep, const struct Json *json, unsigned shape,
@@ -15183,7 +15975,10 @@ static void dataset_add_file(struct Arena *arena, struct Dataset *data, struct D
         /* 3. It becomes a row. */
         data->shape = shape;
         source->is_read = true;
-        dataset_append(arena, data, dataset_row(arena, json, shape, place));
+        struct Row row = dataset_row(arena, json, shape, place);
+        if (shape & MAY_HAVE(HAS_OTHERS))
+            row.others = json_others(arena, text);
+        dataset_append(arena, data, row);
         arena_reset(&line_arena);
     }
     arena_free(&line_arena);
@@ -16522,8 +17317,8 @@ static void leave_out_heads(struct GPT2 *model) {
  * Chapter 25 - Progress, logs, checkpoints
  *
  * How a run reports to a person (one line on a terminal, redrawn in place), to other programs
- * (trainer_state.json in transformers' form), and to itself (checkpoints, from which it resumes as
- * if it had never stopped, bit for bit).
+ * (trainer_state.json in transformers' form; lines of JSON for a program that judges answers), and
+ * to itself (checkpoints, from which it resumes as if it had never stopped, bit for bit).
  * ============================================================================================= */
 
 /* ---- Messages ------------------------------------------------------------------------------- */
@@ -17551,6 +18346,194 @@ static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n)
     }
 }
 
+/* ---- Programs that judge -------------------------------------------------------------------- */
+
+/* How a program's run ended, and what it wrote. Starting programs differs between systems: the end
+ * of chapter 27 does it. */
+enum { PROGRAM_LONGEST_LINE = 1 << 16 }; /* bytes: far more than any number has */
+struct ProgramRun {
+    enum { PROGRAM_ENDED, PROGRAM_TIMED_OUT, PROGRAM_LINE_ENDLESS, PROGRAM_LINES_TOO_MANY } ending;
+    int error; /* of the system: it could not be started */
+    int status, signal; /* its exit status, or the signal that ended it */
+    size_t lines; /* whole ones */
+    struct Text output;
+};
+static struct ProgramRun program_run(const struct RewardProgram *program, struct Arena *arena,
+                                     const struct Judged *answers, size_t n);
+static void program_check_system(void);
+
+/* command_words -- splits a command line as a shell would, and does nothing else that a shell does:
+ * no variables, no *, no ;. Blanks separate words; inside '...' and "..." they do not. A backslash
+ * takes the next character as it is, but not inside '...'.
+ * By hand: py 'a b' c\ d "" has the words  py, a b, c d  and an empty one.   test: command_words
+ * out  the words, NULL last */
+static char **command_words(struct Arena *arena, const char *command) {
+    size_t length = strlen(command);
+    char **words = arena_alloc(arena, length / 2 + 2, sizeof *words);
+    char *to = arena_alloc(arena, length + 1, 1); /* a blank's place is taken by the word's NUL */
+    size_t n = 0;
+    char quote = 0;
+    bool in_word = false;
+    for (; *command; command++) {
+        /* 1. between words */
+        if (!quote && strchr(" \t\n", *command)) {
+            if (in_word)
+                *to++ = 0;
+            in_word = false;
+            continue;
+        }
+        if (!in_word)
+            words[n++] = to;
+        in_word = true;
+
+        /* 2. a quote opens or closes, and is no part of the word; any other character is */
+        if (quote ? *command == quote : *command == '\'' || *command == '"') {
+            quote = quote ? 0 : *command;
+            continue;
+        }
+        if (*command == '\\' && quote != '\'' && command[1])
+            command++;
+        *to++ = *command;
+    }
+    CHECK(!quote, "--reward_command: a quote %c is not closed", quote);
+    CHECK(n > 0, "--reward_command: a program was expected, found only blanks");
+    *to = 0;
+    words[n] = NULL;
+    return words;
+}
+
+static bool is_program(const char *path) {
+    struct stat s;
+    return stat(path, &s) == 0 && S_ISREG(s.st_mode) && access(path, X_OK) == 0;
+}
+
+/* The path of the program that a command's first word names: with a slash a path, else a file in
+ * one of PATH's folders. If there is none, the program ends here and now, not after an hour's
+ * training. */
+static char *program_find(struct Arena *arena, const char *word) {
+    /* 1. a path */
+    if (strchr(word, '/')) {
+        CHECK(file_exists(word), "--reward_command: %s: %s", word, strerror(errno));
+        CHECK(is_program(word),
+              "--reward_command: %s is no program that may be run; chmod +x it, or name what runs "
+              "it: \"python3 %s\"",
+              word, word);
+        return arena_printf(arena, "%s", word);
+    }
+
+    /* 2. a name; an empty entry of PATH is the current folder */
+    const char *path = getenv("PATH") ? getenv("PATH") : "/usr/bin:/bin";
+    for (;; path++) {
+        size_t length = strcspn(path, ":");
+        const char *slash = length ? "/" : "./";
+        char *file = arena_printf(arena, "%.*s%s%s", (int)length, path, slash, word);
+        if (is_program(file))
+            return file;
+        path += length;
+        CHECK(*path, "--reward_command: there is no program \"%s\" in PATH%s", word,
+              file_exists(word) ? "; for the file in the current folder write ./ before it" : "");
+    }
+}
+
+/* Makes a program of what the user typed. A file whose path is all of it needs no quotes, whatever
+ * blanks are in it. */
+static struct RewardProgram *program_new(struct Arena *arena, const char *command, double timeout) {
+    struct RewardProgram *program = arena_zeros(arena, 1, sizeof *program);
+    *program = (struct RewardProgram){.command = command, .timeout = timeout, .std = 1};
+    program_check_system();
+    if (is_program(command)) {
+        program->words = arena_zeros(arena, 2, sizeof *program->words);
+        program->words[0] = arena_printf(arena, "%s", command);
+    } else {
+        program->words = command_words(arena, command);
+    }
+    program->words[0] = program_find(arena, program->words[0]);
+    return program;
+}
+
+/* The number that a program wrote for an answer, by JSON's rules whatever the locale; NaN for null.
+ * Returns NULL, or what is wrong with the line.                      test: reward_line */
+static const char *reward_line(struct Arena *arena, struct Text line, float *number) {
+    const char *error;
+    size_t where;
+    size_t blanks = strspn(line.data, " \t\r");
+    const struct Json *json = json_parse(arena, line, &error, &where);
+    *number = NAN;
+    if (json && json->type == JSON_NULL)
+        return NULL;
+    if (blanks >= line.length)
+        return "an empty line";
+    /* a score is a float */
+    if (json && json->type == JSON_NUMBER && fabs(json->number) > FLT_MAX)
+        return "a number beyond 3.4e38";
+    if (!json || json->type != JSON_NUMBER)
+        return json ? "other JSON" : "no JSON";
+    *number = (float)json->number;
+    return NULL;
+}
+
+/* Reads the numbers for n answers from what a program wrote. */
+static void program_read(const struct RewardProgram *program, struct Text output, size_t n,
+                         float *number) {
+    enum { SHOWN = 60 }; /* bytes of a wrong line */
+    struct Arena arena = {0};
+    for (size_t i = 0; i < n; i++) {
+        /* 1. the next line; the last one may lack its line break */
+        CHECK(output.length > 0,
+              "--reward_command %s: wrote %zu lines for %zu answers; a number or null was expected "
+              "for each",
+              program->command, i, n);
+        const char *stop = memchr(output.data, '\n', output.length);
+        size_t length = stop ? (size_t)(stop - output.data) : output.length;
+        struct Text line = text_copy(&arena, (struct Text){output.data, length});
+        output.data += length + (stop != NULL);
+        output.length -= length + (stop != NULL);
+
+        /* 2. its number; of a wrong line the beginning is shown */
+        const char *fault = reward_line(&arena, line, &number[i]);
+        CHECK(!fault,
+              "--reward_command %s: line %zu (of %zu answers) is %s: \"%.*s%s\"; a number or null "
+              "was expected",
+              program->command, i + 1, n, fault, (int)MIN(length, (size_t)SHOWN), line.data,
+              length > SHOWN ? "..." : "");
+        arena_reset(&arena);
+    }
+    arena_free(&arena);
+}
+
+/* Judges n answers with a program: see chapter 17. */
+static void program_judge(const struct RewardProgram *program, const struct Judged *answers,
+                          size_t n, float *number) {
+    struct Arena arena = {0};
+    const char *command = program->command;
+    /* 1. The whole conversation: it is over, and the program has ended, when this returns. */
+    struct ProgramRun run = program_run(program, &arena, answers, n);
+
+    /* 2. How did it end? What it wrote counts only if it says itself that all went well. */
+    CHECK(!run.error, "--reward_command %s: cannot be run: %s", command, strerror(run.error));
+    CHECK(run.ending != PROGRAM_TIMED_OUT,
+          "--reward_command %s: was still running after %g seconds, and was ended; give it more "
+          "(--reward_timeout) or smaller batches",
+          command, program->timeout);
+    CHECK(run.ending != PROGRAM_LINE_ENDLESS,
+          "--reward_command %s: line %zu has no end within %d bytes, and the program was ended; a "
+          "number or null was expected",
+          command, run.lines + 1, PROGRAM_LONGEST_LINE);
+    CHECK(run.ending != PROGRAM_LINES_TOO_MANY,
+          "--reward_command %s: wrote more than %zu lines for %zu answers, and was ended; a number "
+          "or null was expected for each, and nothing else (messages belong on stderr)",
+          command, n, n);
+    CHECK(!run.signal, "--reward_command %s: was ended by signal %d (%s)", command, run.signal,
+          strsignal(run.signal));
+    CHECK(run.status == 0,
+          "--reward_command %s: ended with exit status %d, 0 was expected; what it said is above",
+          command, run.status);
+
+    /* 3. the numbers */
+    program_read(program, run.output, n, number);
+    arena_free(&arena);
+}
+
 /* =============================================================================================
  * Chapter 26 - Results: what the course prints and writes; the report
  *
@@ -17577,6 +18560,31 @@ static void exact_print_row(const char *name, struct ExactFigures f, double ref,
            f.objective, 100 * (f.objective - ref) / (max - ref));
 }
 
+/* The same as a member of a JSON object. */
+static void exact_print_json(const char *name, struct ExactFigures f) {
+    printf(", \"%s\": {\"kl_to_optimum\": %.9g, \"objective\": %.9g, \"reward\": %.9g, "
+           "\"kl\": %.9g}",
+           name, f.kl_to_optimum, f.objective, f.reward, f.kl);
+}
+
+/* The trained policies, how far GRPO is from its own limit, and the best of n, as JSON. */
+static void exact_print_object(const struct ExactWorld *w, double ref, double max) {
+    struct Arena arena = {0};
+    double *logps = arena_alloc(&arena, w->n, sizeof *logps);
+    printf("{\"beta\": %.9g, \"objective_ref\": %.9g, \"objective_max\": %.9g", w->beta, ref, max);
+    for (int k = EXACT_DPO; k < EXACT_POLICIES; k++)
+        exact_print_json(EXACT[k].name, exact_figures(w, w->logps[k]));
+    exact_print_json("grpo_limit", exact_figures(w, w->logps[EXACT_GRPO_LIMIT]));
+    printf(", \"grpo_kl_to_limit\": %.9g",
+           kl_of_logps(w->logps[EXACT_GRPO], w->logps[EXACT_GRPO_LIMIT], w->n));
+    for (size_t n = 2; n <= 16; n *= 2) {
+        exact_best_of_n(w, n, logps);
+        exact_print_json(arena_printf(&arena, "best_of_%zu", n), exact_figures(w, logps));
+    }
+    puts("}");
+    arena_free(&arena);
+}
+
 /* Prints what the best of n answers reaches, the bound of its KL last. */
 static void exact_print_best(const struct ExactWorld *w, double ref, double max) {
     struct Arena arena = {0};
@@ -17596,36 +18604,30 @@ static void exact_print_best(const struct ExactWorld *w, double ref, double max)
 static void exact_print(const struct ExactWorld *w, bool json) {
     double ref = exact_figures(w, w->logps[EXACT_REFERENCE]).objective;
     double max = w->beta * w->log_Z; /* chapter 5: no policy's objective is higher */
-    if (json)
-        printf("{\"beta\": %.9g, \"objective_ref\": %.9g, \"objective_max\": %.9g", w->beta, ref,
-               max);
-    else
-        printf("%zu responses of %zu tokens; beta %g: Z %.5g, log Z %.4f; J of the reference %.4f, "
-               "at most beta log Z = %.4f\n\n           KL(pi||pi*)     E[r]  KL(pi||ref)        J "
-               " of the way\n",
-               w->n, w->T, w->beta, exp(w->log_Z), w->log_Z, ref, max);
-    /* The table begins with the reference and the optimum; JSON has only the trained policies. */
-    for (int k = json ? EXACT_DPO : 0; k < EXACT_POLICIES; k++) {
-        struct ExactFigures f = exact_figures(w, w->logps[k]);
-        if (json)
-            printf(", \"%s\": {\"kl_to_optimum\": %.9g, \"objective\": %.9g, \"reward\": %.9g, "
-                   "\"kl\": %.9g}",
-                   EXACT[k].name, f.kl_to_optimum, f.objective, f.reward, f.kl);
-        else
-            exact_print_row(EXACT[k].name, f, ref, max);
-    }
     if (json) {
-        puts("}");
+        exact_print_object(w, ref, max);
         return;
     }
+    printf("%zu responses of %zu tokens; beta %g: Z %.5g, log Z %.4f; J of the reference %.4f, "
+           "at most beta log Z = %.4f\n\n           KL(pi||pi*)     E[r]  KL(pi||ref)        J "
+           " of the way\n",
+           w->n, w->T, w->beta, exp(w->log_Z), w->log_Z, ref, max);
+    for (int k = 0; k < EXACT_POLICIES; k++)
+        exact_print_row(EXACT[k].name, exact_figures(w, w->logps[k]), ref, max);
     exact_print_best(w, ref, max);
+    printf("GRPO pays for each token's KL, but not for the KL that it leads to: it heads for the "
+           "line \"grpo limit\", and is %.5f nats from it.\n",
+           kl_of_logps(w->logps[EXACT_GRPO], w->logps[EXACT_GRPO_LIMIT], w->n));
 }
 
 /* From chapter 27: a file that ships with the program, or NULL. */
 static const char *shipped_path(struct Arena *arena, const char *name);
 
 /* The models that the course compares: their names in its files, and in headings. */
-static const char *const COURSE_MODEL[][2] = {{"before", "Before"}, {"ppo", "PPO"}, {"dpo", "DPO"}};
+static const char *const COURSE_MODEL[][2] = {{"before", "Before"},
+                                              {"ppo", "PPO"},
+                                              {"dpo", "DPO"},
+                                              {"grpo", "GRPO"}};
 
 /* The files of a run that its page shows, those that exist: of the run itself, and of the stages of
  * rlhf. */
@@ -17636,6 +18638,7 @@ static const char *const REPORT_FILE[] = {
     "reward_model/trainer_state.json",
     "ppo/trainer_state.json",
     "dpo/trainer_state.json",
+    "grpo/trainer_state.json",
     "trace.jsonl",
     "ppo/trace.jsonl",
 };
@@ -17931,7 +18934,7 @@ static void course_write_answer(struct Course *course, FILE *f, const struct Pol
 /* Writes a prompt and each model's answer, as text (samples.jsonl) or by tokens (report.json). */
 static void course_write_sample(struct Course *course, FILE *f, size_t i, bool tokens) {
     json_write_string(f, "{\"prompt\": ", course_prompt(course, i));
-    for (size_t k = 0; k < COUNT(course->result); k++) {
+    for (size_t k = 0; k < course->policies; k++) {
         fprintf(f, ", \"%s\": ", COURSE_MODEL[k][0]);
         if (tokens)
             course_write_answer(course, f, &course->result[k], i);
@@ -17949,9 +18952,18 @@ static void course_write_summary(const struct Course *course, double seconds) {
             "\"eval_loss_after\": %s},\n",
             json_number_text(seconds), json_number_text(course->eval_loss_before),
             json_number_text(course->eval_loss_after));
-    fprintf(out.file, "  \"reward_model\": {\"eval_accuracy\": %s},\n",
-            json_number_text(course->eval_accuracy));
-    for (size_t k = 0; k < COUNT(course->result); k++) {
+    if (course->only_program)
+        fprintf(out.file, "  \"reward_model\": null,\n");
+    else
+        fprintf(out.file, "  \"reward_model\": {\"eval_accuracy\": %s},\n",
+                json_number_text(course->eval_accuracy));
+    if (course->program) {
+        json_write_string(out.file, "  \"reward_program\": {\"command\": ",
+                          text_of(course->program->command));
+        fprintf(out.file, ", \"mean\": %s, \"std\": %s},\n",
+                json_number_text(course->program->mean), json_number_text(course->program->std));
+    }
+    for (size_t k = 0; k < course->policies; k++) {
         const struct PolicyResult *r = &course->result[k];
         fprintf(out.file, "  \"%s\": {", COURSE_MODEL[k][0]);
         /* the others are compared with result 0, the language model from which they started */
@@ -17980,6 +18992,14 @@ static void course_write_reviews(struct Course *course, FILE *f, const char *bef
     json_write_floats(f, before, rewards, count);
 }
 
+/* In what the course measures rewards. */
+static const char *course_unit(const struct Course *course) {
+    if (!course->program)
+        return "standard deviations of real reviews";
+    return course->only_program ? "standard deviations of the language model's answers"
+                                : "(weighted sum of the reward model's and the program's scores)";
+}
+
 /* Writes report.json: what report.html shows besides the logs. */
 static void course_write_report(struct Course *course, double seconds) {
     struct Arena *arena = &course->arena;
@@ -17989,22 +19009,25 @@ static void course_write_report(struct Course *course, double seconds) {
         report_begin(course->output_dir, course->command, data, course->language_model, seconds);
 
     /* 1. Facts, in words: after those of report_begin, a line for each model. */
-    for (size_t k = 0; k < COUNT(course->result); k++) {
+    for (size_t k = 0; k < course->policies; k++) {
         const struct PolicyResult *r = &course->result[k];
         fprintf(out.file,
-                ",\n  \"%s\": \"reward %+.2f standard deviations of real reviews, KL %.1f nats an "
+                ",\n  \"%s\": \"reward %+.2f %s, KL %.1f nats an "
                 "answer, distinct-2 (different word pairs / all) %.2f, %.1f tokens\"",
-                COURSE_MODEL[k][1], r->mean_reward, r->kl, r->distinct_2, r->mean_length);
+                COURSE_MODEL[k][1], r->mean_reward, course_unit(course), r->kl, r->distinct_2,
+                r->mean_length);
     }
     fputc('}', out.file);
 
     /* 2. Rewards, for the histograms. */
-    for (size_t k = 0; k < COUNT(course->result); k++) {
+    for (size_t k = 0; k < course->policies; k++) {
         const char *before = arena_printf(arena, ",\n\"%s\": ", COURSE_MODEL[k][0]);
         json_write_floats(out.file, before, course->result[k].reward, course->test_n);
     }
-    course_write_reviews(course, out.file, ",\n\"disliked\": ", false);
-    course_write_reviews(course, out.file, ",\n\"liked\": ", true);
+    if (!course->only_program) {
+        course_write_reviews(course, out.file, ",\n\"disliked\": ", false);
+        course_write_reviews(course, out.file, ",\n\"liked\": ", true);
+    }
 
     /* 3. The language model's best of n, where training begins to pay. */
     for (size_t n = 1; n <= COURSE_BEST_OF; n *= 2)
@@ -18054,22 +19077,24 @@ static void course_print(struct Course *course) {
         printf("\n  ");
         print_plain(course_prompt(course, i));
         printf(" ...\n");
-        for (size_t k = 0; k < COUNT(course->result); k++) {
+        for (size_t k = 0; k < course->policies; k++) {
             printf("    %-7s%+5.2f  ", COURSE_MODEL[k][0], r[k].reward[i]);
             print_plain(r[k].texts[i]);
-            putchar('\n');
+            /* like the beginnings: dots where the limit of tokens ended it */
+            bool ended = example_ended(&r[k].answers[i], r[k].policy->config.eos_token_id);
+            puts(ended ? "" : " ...");
         }
     }
 
     /* 2. Figures: the reward, next to what it may have cost. */
     printf("\n%zu held-out beginnings   reward      KL  distinct-2  length\n", course->test_n);
-    for (size_t k = 0; k < COUNT(course->result); k++)
+    for (size_t k = 0; k < course->policies; k++)
         printf("  %-20s  %+8.2f%8.1f%12.2f%8.1f\n", COURSE_MODEL[k][0], r[k].mean_reward, r[k].kl,
                r[k].distinct_2, r[k].mean_length);
 
     /* 3. A command line to go on with, quoted so that it can be pasted into a shell. */
-    printf("\nThe models are in %s/{language_model,reward_model,ppo,dpo}. Try them:\n",
-           course->output_dir);
+    printf("\nThe models are in %s/{language_model,%sppo,dpo}. Try them:\n", course->output_dir,
+           course->only_program ? "" : "reward_model,");
     const char *policy = shell_word(arena, arena_printf(arena, "%s/ppo", course->output_dir));
     printf("  %s generate --model_name_or_path %s --prompt \"The film is\" --do_sample --top_k 0 "
            "--temperature %g",
@@ -18078,9 +19103,10 @@ static void course_print(struct Course *course) {
         printf(" --tokenizer %s", shell_word(arena, course->tokenizer));
     putchar('\n');
     printf("\nThe language model's answers scored %+.2f; after PPO they score %+.2f, after DPO "
-           "%+.2f (standard deviations of the reward of "
-           "real reviews).\n",
-           r[0].mean_reward, r[1].mean_reward, r[2].mean_reward);
+           "%+.2f (%s).\n",
+           r[0].mean_reward, r[1].mean_reward, r[2].mean_reward,
+           course->program ? course_unit(course)
+                           : "standard deviations of the reward of real reviews");
 }
 
 /* =============================================================================================
@@ -18114,9 +19140,14 @@ struct Options {
     struct GenerationConfig generation;
     struct GPT2Config config;
     struct DPOConfig dpo;
+    const char *reward_command, *reward_weights, *best_of_list;
+    double reward_timeout;
+    size_t best_of;
+    struct RewardProgram *program; /* of --reward_command, or NULL */
+    const struct Text *others; /* of the prompts' rows, for the program */
     double center_rewards_coefficient, begin; /* begin: when the command line was given */
     struct LengthSampler input_length, output_length;
-    size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, top_n, max_samples;
+    size_t pretrain_steps, reward_steps, ppo_steps, dpo_steps, grpo_steps, top_n, max_samples;
     bool json, jsonl, decode, help, quiet, use_peft;
     bool given[MOST_FLAGS]; /* which of FLAGS are on the command line */
     const char *passed_over; /* a list: flags of other programs on the command line */
@@ -18134,6 +19165,7 @@ struct Options {
 #define TRAINING "pretrain, " TUNING
 #define TOOLS "generate, logprob, score, collect, eval"
 #define SAMPLING FROM_ROLLOUTS ", collect, eval"
+#define WITH_PROGRAM "rlhf, generate, " SAMPLING /* --reward_command */
 #define WITH_ADAPTER TUNING ", " TOOLS ", next, merge"
 #define WITH_MODEL "rlhf, pretrain, " WITH_ADAPTER
 #define WITH_DATA "rlhf, " TRAINING ", " TOOLS
@@ -18179,9 +19211,9 @@ static const struct Kind KIND_OPTIM = {TYPE_CHOICE, 0, 0,
 static const struct Kind KIND_ROW_ORDER = {TYPE_CHOICE, 0, 0, "random, sequential"};
 static const struct Kind KIND_KL_PENALTY = {TYPE_CHOICE, 0, 0, "kl, abs, mse, full"};
 static const struct Kind KIND_BASELINE = {TYPE_CHOICE, 0, 0, "none, mean, rloo"};
-static const struct Kind KIND_GRPO_LOSS = {TYPE_CHOICE, 0, 0, "grpo, bnpo, dr_grpo, dapo"};
+static const struct Kind KIND_GRPO_LOSS = {TYPE_CHOICE, 0, 0, GRPO_LOSS_NAMES};
 static const struct Kind KIND_PADDING = {TYPE_CHOICE, 0, 0, "left, right"};
-static const struct Kind KIND_SCALE_REWARDS = {TYPE_CHOICE, 0, 0, "group, batch, none"};
+static const struct Kind KIND_SCALE_REWARDS = {TYPE_CHOICE, 0, 0, SCALE_REWARDS_NAMES};
 static const struct Kind KIND_SAMPLING_LEVEL = {TYPE_CHOICE, 0, 0, "token, sequence"};
 static const struct Kind KIND_LANGUAGE = {TYPE_CHOICE, 0, 0, "en, pt"};
 static const struct Kind KIND_BOOL = {TYPE_BOOL, 0, 0, "true or false"};
@@ -18227,7 +19259,15 @@ static const struct Flag FLAGS[] = {
      "model; training goes on with it"},
     {NAMED(ref_model), &KIND_STRING, WITH_REFERENCE ", explain",
      "folder of the reference model; default: the start model"},
-    {NAMED(reward_model_path), &KIND_STRING, SAMPLING ", explain", "folder of a reward model"},
+    {NAMED(reward_model_path), &KIND_STRING, SAMPLING ", generate, explain",
+     "folder of a reward model"},
+    {NAMED(reward_command), &KIND_STRING, WITH_PROGRAM,
+     "a program that judges, instead of a reward model or beside one: reads JSON Lines (prompt, "
+     "completion, the row's other fields), writes a number or null a line; docs/rewards.md"},
+    {NAMED(reward_weights), &KIND_LIST, WITH_PROGRAM,
+     "weights of the model's and the program's score in their sum: 1 0.5; default: 1 each"},
+    {NAMED(reward_timeout), &KIND_POSITIVE, WITH_PROGRAM,
+     "seconds that the program may take for a batch"},
     HEADING("A new LoRA adapter"),
     {NAMED(use_peft), &KIND_BOOL, TUNING,
      "train a new LoRA adapter instead of the model's weights"},
@@ -18379,6 +19419,11 @@ static const struct Flag FLAGS[] = {
     {OF(generation, do_sample), &KIND_BOOL, "generate",
      "draw tokens instead of taking the likeliest"},
     {OF(generation, num_return_sequences), &KIND_COUNT, "generate", "samples of each prompt"},
+    {NAMED(best_of), &KIND_COUNT, "generate",
+     "write so many samples of each prompt and keep the one with the highest score "
+     "(--reward_model_path, --reward_command)"},
+    {"best_of", AT(best_of_list), &KIND_LIST, "eval",
+     "reward of the best of so many samples, for each number of a list: 1,2,4,8,16"},
     HEADING("What is printed"),
     {NAMED(top_n), &KIND_COUNT, "next, explain", "rows of the table"},
     {NAMED(json), &KIND_BOOL, "exact, generate, next, explain", "one JSON object a line"},
@@ -18392,6 +19437,7 @@ static const struct Flag FLAGS[] = {
     {NAMED(reward_steps), &KIND_SIZE, "rlhf", "of the reward model"},
     {NAMED(ppo_steps), &KIND_SIZE, "rlhf", "of PPO"},
     {NAMED(dpo_steps), &KIND_SIZE, "rlhf", "of DPO"},
+    {NAMED(grpo_steps), &KIND_SIZE, "rlhf", "of GRPO, beside them; 0: none"},
 };
 
 _Static_assert(COUNT(FLAGS) <= MOST_FLAGS, "Options must note which flags are given");
@@ -18668,6 +19714,9 @@ static const unsigned REWARD_SHAPES[] = {SHAPE_MARGIN, SHAPE_RATED, SHAPE_LABELL
 static const unsigned LABELLED_SHAPES[] = {SHAPE_LABELLED};
 static const unsigned RATED_SHAPES[] = {SHAPE_RATED};
 static const unsigned PROMPT_SHAPES[] = {SHAPE_PROMPT, SHAPE_TEXT};
+/* the same for a reward program, which reads the rows' other fields */
+static const unsigned WHOLE_SHAPES[] = {SHAPE_PROMPT | MAY_HAVE(HAS_OTHERS),
+                                        SHAPE_TEXT | MAY_HAVE(HAS_OTHERS)};
 static const unsigned ROLLOUT_SHAPES[] = {SHAPE_ROLLOUT};
 
 /* ---- Commands: tokenize --------------------------------------------------------------------- */
@@ -18930,9 +19979,11 @@ static size_t encode_prompts(struct Options *o, struct Example *prompts) {
     size_t count = 0;
     size_t empty = 0;
     size_t longest = o->model->config.n_positions - 1;
+    struct Text *others = arena_alloc(&o->arena, data->n, sizeof *others);
+    o->others = o->program ? others : NULL;
     for (size_t i = 0; i < data->n && (!o->max_samples || count < o->max_samples); i++) {
         /* 1. The row's ids. */
-        bool whole = data->shape == SHAPE_PROMPT;
+        bool whole = data->shape & HAS_PROMPT;
         struct Example e =
             example_encode(&o->arena, o->tok, whole ? data->rows[i].prompt : data->rows[i].text,
                            o->model->config.vocab_size, NULL);
@@ -18946,10 +19997,12 @@ static size_t encode_prompts(struct Options *o, struct Example *prompts) {
               data->path, i + 1, length, o->model->config.n_positions, longest);
 
         /* 3. A prompt without tokens would give the model nothing to continue. */
-        if (length > 0)
+        if (length > 0) {
+            others[count] = data->rows[i].others;
             prompts[count++] = (struct Example){e.ids, length, length};
-        else
+        } else {
             empty++;
+        }
     }
     CHECK(count > 0, "%s: every prompt is empty", data->path);
     if (empty) {
@@ -18957,6 +20010,40 @@ static size_t encode_prompts(struct Options *o, struct Example *prompts) {
              empty, count + empty);
     }
     return count;
+}
+
+/* The weights of two judges, "MODEL PROGRAM"; 1 each if the flag is not given. */
+static void parse_reward_weights(struct Options *o, double weight[2]) {
+    const char *list = o->reward_weights ? o->reward_weights : "1 1";
+    const char *all = list;
+    for (size_t i = 0; i < 3; i++) {
+        const char *word = take_name(&o->arena, &list);
+        char *end = NULL;
+        double number = word ? strtod(word, &end) : 0;
+        bool good = i == 2 ? !word : word && !*end && fabs(number) <= FLT_MAX;
+        if (!good)
+            die_usage("--reward_weights %s: two numbers were expected, the reward model's weight "
+                      "and the program's",
+                      all);
+        if (i < 2)
+            weight[i] = number;
+    }
+}
+
+/* Opens those who judge answers: the reward model, the program, or both. */
+static struct Scorer open_judges(struct Options *o) {
+    if (o->reward_model_path) {
+        o->reward_model = load_model(o, o->reward_model_path);
+        check_reward_model(o->reward_model, o->reward_model_path);
+    }
+    if (o->reward_command)
+        o->program = program_new(&o->arena, o->reward_command, o->reward_timeout);
+    struct Scorer scorer = {.tok = o->tok, .std = 1};
+    scorer.reward_model = o->reward_model;
+    scorer.program = o->program;
+    parse_reward_weights(o, scorer.weight);
+    note_idle(o, !(o->reward_model && o->program), "reward_weights", "there is only one judge");
+    return scorer;
 }
 
 /* Opens what rollouts come from: the data set's prompts, the model's answers, the reward model's
@@ -18981,20 +20068,17 @@ static struct RolloutSource open_rollouts(struct Options *o) {
     };
     source.generation.do_sample = true;
 
-    /* 2. The reward model. Without one, collect asks a person. */
-    if (o->reward_model_path) {
-        o->reward_model = load_model(o, o->reward_model_path);
-        check_reward_model(o->reward_model, o->reward_model_path);
-    }
-    source.scorer = (struct Scorer){.reward_model = o->reward_model, .tok = o->tok, .std = 1};
+    /* 2. The judges. Without any, collect asks a person. */
+    source.scorer = open_judges(o);
 
     /* 3. Prompts, and how many tokens of the context the longest of them leaves. */
-    open_data(o, PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
-    note_idle(o, o->data->shape == SHAPE_PROMPT, "input_min_text_length, input_max_text_length",
+    open_data(o, o->program ? WHOLE_SHAPES : PROMPT_SHAPES, COUNT(PROMPT_SHAPES));
+    note_idle(o, o->data->shape & HAS_PROMPT, "input_min_text_length, input_max_text_length",
               "the data set's prompts are taken whole");
     struct Example *prompts = arena_alloc(&o->arena, o->data->n, sizeof *prompts);
     source.n = source.at = encode_prompts(o, prompts);
     source.prompts = prompts;
+    source.others = o->others;
     source.room = o->model->config.n_positions;
     source.order = arena_order(&o->arena, source.n);
     for (size_t i = 0; i < source.n; i++)
@@ -19049,7 +20133,7 @@ static void train_on_rollouts(struct Options *o, enum Algorithm algorithm) {
         load_reference(o);
     open_output_dir(o);
 
-    /* 2. Rollouts: stored ones, or prompts and a reward model. */
+    /* 2. Rollouts: stored ones, or prompts and who judges the answers. */
     struct RolloutSource source = {0};
     if (o->rollouts) {
         source.replay = o->data = dataset_load(&o->arena, o->rollouts, ROLLOUT_SHAPES, 1);
@@ -19188,9 +20272,10 @@ static void note_generation_config(struct Options *o) {
         warn("%s: %s: not read; say by flags what generate is to do", path, said);
 }
 
-/* Prints a prompt's continuations as a line of JSON: the new ids and the new text of each. */
+/* Prints a prompt's continuations as a line of JSON: the new ids and the new text of each; with
+ * --best_of also the score of the one that is kept. score: NULL, or that. */
 static void print_generation_json(struct Options *o, struct Text prompt, const struct Sequence *s,
-                                  size_t n) {
+                                  size_t n, const float *score) {
     json_write_string(stdout, "{\"prompt\": ", prompt);
     for (size_t i = 0; i < n; i++) {
         size_t from = s[i].prompt_length;
@@ -19202,6 +20287,8 @@ static void print_generation_json(struct Options *o, struct Text prompt, const s
                                                 o->model->config.vocab_size);
         json_write_string(stdout, i ? ", " : "], \"texts\": [", text);
     }
+    if (score)
+        printf("], \"best_of\": %zu, \"scores\": [%s", o->best_of, json_number_text(*score));
     puts("]}");
 }
 
@@ -19221,9 +20308,72 @@ static void print_generation(struct Options *o, struct Text prompt, const struct
     }
 }
 
+/* Judges each prompt's `each` samples, side by side, and puts the best one first.
+ * in, out  sequences (data->n each); out  score (data->n), of the best; NaN if none has one */
+static void keep_best(struct Options *o, const struct Dataset *data, struct Sequence *sequences,
+                      size_t each, float *score) {
+    size_t n = data->n * each;
+    struct Scorer scorer = open_judges(o);
+    struct Example *answers = sequences_as_examples(&o->arena, sequences, n);
+    struct Text *others = arena_alloc(&o->arena, n, sizeof *others);
+    for (size_t i = 0; i < n; i++) {
+        const struct Row *row = &data->rows[i / each];
+        others[i] = row->others;
+        /* an empty prompt's bos token is no text that anybody asked */
+        if (row->prompt.length == 0)
+            answers[i] = (struct Example){answers[i].ids + 1, answers[i].n - 1, 0};
+    }
+    float *all = arena_floats(&o->arena, n);
+    scorer_score(&scorer, &o->arena, answers, n, &o->model->config, others, all);
+    for (size_t i = 0; i < data->n; i++) {
+        size_t best = i * each;
+        for (size_t k = i * each; k < (i + 1) * each; k++)
+            if (all[k] > all[best] || isnan(all[best]))
+                best = k;
+        sequences[i * each] = sequences[best];
+        score[i] = all[best];
+    }
+}
+
+/* Prints each prompt's samples, or with --best_of the best one and its score. */
+static void print_generations(struct Options *o, const struct Dataset *data,
+                              struct Sequence *sequences, size_t each) {
+    float *score = o->best_of ? arena_floats(&o->arena, data->n) : NULL;
+    if (score)
+        keep_best(o, data, sequences, each, score);
+    for (size_t i = 0; i < data->n; i++) {
+        struct Text prompt = data->rows[i].prompt;
+        const struct Sequence *first = &sequences[i * each];
+        size_t shown = score ? 1 : each;
+        if (score && !o->json)
+            printf("%+.4f  ", score[i]);
+        if (o->json)
+            print_generation_json(o, prompt, first, shown, score ? &score[i] : NULL);
+        else
+            print_generation(o, prompt, first, shown);
+    }
+}
+
+/* --best_of writes so many samples of each prompt; is there somebody to judge them? */
+static void check_best_of(const struct Options *o) {
+    const struct GenerationConfig *g = &o->generation;
+    if (!o->best_of)
+        return;
+    if (!o->reward_model_path && !o->reward_command)
+        die_usage("--best_of: which is the best? --reward_model_path, or --reward_command, is "
+                  "needed");
+    CHECK(g->num_beams == 1 && g->num_return_sequences == 1,
+          "--best_of %zu: it keeps one of several samples; leave out --num_beams and "
+          "--num_return_sequences",
+          o->best_of);
+    CHECK(o->best_of == 1 || g->do_sample,
+          "--best_of %zu: without --do_sample all of them would be the same", o->best_of);
+}
+
 static void command_generate(struct Options *o) {
     struct GenerationConfig *g = &o->generation;
-    size_t each = g->num_return_sequences;
+    size_t each = o->best_of ? o->best_of : g->num_return_sequences;
+    check_best_of(o);
     CHECK(each == 1 || g->do_sample || g->num_beams > 1,
           "--num_return_sequences %zu: without --do_sample or --num_beams all of them would be the "
           "same",
@@ -19241,7 +20391,7 @@ static void command_generate(struct Options *o) {
     struct Row typed = {.prompt = text_of(o->prompt ? o->prompt : "")};
     struct Dataset one = {.rows = &typed, .n = 1};
     if (!o->prompt)
-        open_data(o, PROMPT_SHAPES, 1);
+        open_data(o, o->reward_command ? WHOLE_SHAPES : PROMPT_SHAPES, 1);
     const struct Dataset *data = o->data ? o->data : &one;
 
     /* 2. A sequence for each answer, with its own random numbers: the draws for one do not depend
@@ -19262,12 +20412,8 @@ static void command_generate(struct Options *o) {
 
     /* 3. Write all of them together, so that each step reads the weights once for all. */
     generate(o->model, sequences, data->n * each, g);
-    for (size_t i = 0; i < data->n; i++) {
-        if (o->json)
-            print_generation_json(o, data->rows[i].prompt, &sequences[i * each], each);
-        else
-            print_generation(o, data->rows[i].prompt, &sequences[i * each], each);
-    }
+
+    print_generations(o, data, sequences, each);
 }
 
 /* Prints the tokens that can follow a prompt, the likeliest first. */
@@ -19536,7 +20682,7 @@ static void judged_write(const struct Options *o, const struct Collection *c) {
     output_close(&out);
 }
 
-/* Lets the reward model judge the answers to `n` prompts. */
+/* Lets the reward model or a program judge the answers to `n` prompts. */
 static void collect_scored(struct Options *o, struct Collection *c, const struct Example *prompts,
                            size_t n) {
     struct Example *pairs = arena_alloc(&o->arena, 2 * n, sizeof *pairs);
@@ -19545,6 +20691,7 @@ static void collect_scored(struct Options *o, struct Collection *c, const struct
         .generation = &c->source.generation,
         .num_generations = o->reinforce.num_generations,
         .scorer = &c->source.scorer,
+        .others = c->source.others ? c->source.others + c->done : NULL,
     };
     size_t count = collect_preferences(&source, &o->arena, prompts, n, &c->rng, pairs);
     preferences_add(o, c, pairs, count);
@@ -19633,8 +20780,9 @@ static void command_collect(struct Options *o) {
      *    groups the numbers could differ in the last bit. */
     while (c.done < n) {
         const struct Example *prompts = c.source.prompts + c.done;
-        size_t together = o->reward_model ? MIN(n - c.done, TOGETHER - c.done % TOGETHER) : 1;
-        if (o->reward_model)
+        bool judged = o->reward_model || o->program;
+        size_t together = judged ? MIN(n - c.done, TOGETHER - c.done % TOGETHER) : 1;
+        if (judged)
             collect_scored(o, &c, prompts, together);
         else if (!collect_asked(o, &c, prompts))
             break;
@@ -19646,8 +20794,78 @@ static void command_collect(struct Options *o) {
 
 /* ---- Commands: eval, merge ------------------------------------------------------------------ */
 
+/* The numbers of --best_of, and what each comes to. */
+struct BestOf {
+    size_t count, n[16], most; /* most: the largest of them */
+    double reward[16];
+};
+
+static struct BestOf parse_best_of(struct Options *o) {
+    struct BestOf b = {0};
+    const char *words = o->best_of_list ? o->best_of_list : "";
+    for (const char *word; (word = take_name(&o->arena, &words));) {
+        char *end = NULL;
+        unsigned long n = isdigit((unsigned char)*word) ? strtoul(word, &end, 10) : 0;
+        if (n < 1 || n > 4096 || *end || b.count == COUNT(b.n))
+            die_usage("--best_of %s: up to %zu whole numbers from 1 to 4096 were expected",
+                      o->best_of_list, COUNT(b.n));
+        b.n[b.count++] = n;
+        b.most = MAX(b.most, (size_t)n);
+    }
+    return b;
+}
+
+static int compare_floats(const void *a, const void *b) {
+    float x = *(const float *)a;
+    float y = *(const float *)b;
+    return (x > y) - (x < y);
+}
+
+/* The reward of the best of n answers of a policy, for each n of --best_of. */
+static void measure_best_of(struct Options *o, struct Examination exam, struct BestOf *b) {
+    size_t prompts = exam.n;
+    if (b->count == 0)
+        return;
+    /* 1. Each prompt as often as the largest n wants. */
+    struct Example *each = arena_alloc(&o->arena, prompts * b->most, sizeof *each);
+    for (size_t i = 0; i < prompts * b->most; i++)
+        each[i] = exam.prompts[i / b->most];
+    exam.prompts = each;
+    exam.others = others_of_answers(&o->arena, exam.others, prompts, b->most);
+    exam.n = prompts * b->most;
+    exam.ref_model = NULL;
+    float *reward = policy_measure(o->model, &exam, &o->arena).reward;
+
+    /* 2. Its scores in order; an answer without one cannot be chosen. For each n the mean is over
+     *    the prompts that have so many answers with a score. */
+    size_t counted[COUNT(b->n)] = {0};
+    for (size_t i = 0; i < prompts; i++) {
+        float *own = reward + i * b->most;
+        size_t scored = scores_given(own, b->most, own);
+        qsort(own, scored, sizeof *own, compare_floats);
+        for (size_t k = 0; k < b->count; k++) {
+            if (scored < b->n[k])
+                continue;
+            b->reward[k] += best_of_n_expected(own, scored, b->n[k]);
+            counted[k]++;
+        }
+    }
+    for (size_t k = 0; k < b->count; k++)
+        b->reward[k] /= (double)counted[k];
+}
+
+/* Writes it beside the farthest that the best of n is from the policy: see best_of_n_expected. */
+static void print_best_of(const struct BestOf *b) {
+    for (size_t k = 0; k < b->count; k++)
+        printf("%s{\"n\": %zu, \"reward\": %s, \"kl\": %s}", k ? ", " : ", \"best_of_n\": [",
+               b->n[k], json_number_text(b->reward[k]), json_number_text(best_of_n_kl(b->n[k])));
+    if (b->count)
+        putchar(']');
+}
+
 /* Measures a policy by its answers. */
 static void eval_policy(struct Options *o, struct LogEntry *entry) {
+    struct BestOf best = parse_best_of(o);
     leave_out_reward_head(o->model);
     if (o->ref_model)
         load_reference(o);
@@ -19656,18 +20874,28 @@ static void eval_policy(struct Options *o, struct LogEntry *entry) {
         .ref_model = o->reference,
         .scorer = &source.scorer,
         .prompts = source.prompts,
+        .others = source.others,
         .n = source.n,
         .generation = source.generation,
         .seed = o->train.seed,
     };
     struct PolicyResult result = policy_measure(o->model, &exam, &o->arena);
     log_value(entry, "reward", result.mean_reward);
-    log_value(entry, "reward_std", sqrt(unbiased_variance(result.reward, source.n)));
+    float *given = arena_floats(&o->arena, source.n);
+    size_t n = scores_given(result.reward, source.n, given);
+    log_value(entry, "reward_std", sqrt(unbiased_variance(given, n)));
+    if (n < source.n)
+        log_value(entry, "unscored", (double)(source.n - n));
     log_value(entry, "distinct_2", result.distinct_2);
     log_value(entry, "mean_length", result.mean_length);
     log_value(entry, "samples", (double)source.n);
     if (o->reference)
         log_value(entry, "kl", result.kl);
+    measure_best_of(o, exam, &best);
+    putchar('{');
+    log_write(stdout, entry, ", ");
+    print_best_of(&best);
+    puts("}");
 }
 
 /* Measures a language model by its loss on the tokens on which sft would train. */
@@ -19692,16 +20920,18 @@ static void eval_language(struct Options *o, struct Trainer *trainer, struct Log
     log_value(entry, "tokens", tokens);
 }
 
-/* align eval -- prints one JSON object. With --reward_model_path: the mean reward of a policy's
- * answers, how varied and how long these are, and the policy's distance from --ref_model. For a
- * model with a reward head: how well it orders pairs, rated or labelled texts. Otherwise: the mean
- * negative log-likelihood of a token and its exponential, the perplexity, which is the number of
- * equally likely tokens that would leave as much doubt. */
+/* align eval -- prints one JSON object. With --reward_model_path or --reward_command: the mean
+ * reward of a policy's answers, how varied and how long these are, the policy's distance from
+ * --ref_model, and with --best_of what the best of several answers gets. For a model with a reward
+ * head: how well it orders pairs, rated or labelled texts. Otherwise: the mean negative
+ * log-likelihood of a token and its exponential, the perplexity, which is the number of equally
+ * likely tokens that would leave as much doubt. */
 static void command_eval(struct Options *o) {
     struct LogEntry entry = {0};
     struct Trainer trainer = {0};
     open_model(o, false);
-    if (o->reward_model_path) {
+    bool judged = o->reward_model_path || o->reward_command;
+    if (judged) {
         eval_policy(o, &entry);
     } else if (o->model->score.n) {
         /* a reward model: as training measures held-out data */
@@ -19711,9 +20941,11 @@ static void command_eval(struct Options *o) {
     } else {
         eval_language(o, &trainer, &entry);
     }
-    putchar('{');
-    log_write(stdout, &entry, ", ");
-    puts("}");
+    if (!judged) {
+        putchar('{');
+        log_write(stdout, &entry, ", ");
+        puts("}");
+    }
     trainer_free(&trainer);
 }
 
@@ -19893,12 +21125,31 @@ static struct GPT2 *course_new_model(const struct Dataset *data, uint64_t seed) 
     return model;
 }
 
+/* Who judges in the course: the reward model that it trains, --reward_command in its place, or with
+ * --reward_weights both. */
+static void choose_judges(struct Options *o, struct Course *course) {
+    if (o->reward_command)
+        course->program = program_new(&o->arena, o->reward_command, o->reward_timeout);
+    course->only_program = course->program && !o->reward_weights;
+    parse_reward_weights(o, course->weight);
+    note_idle(o, course->only_program, "reward_steps",
+              "--reward_command judges alone; with --reward_weights a reward model is trained too");
+    note_idle(o, !course->program, "reward_weights", "there is no --reward_command");
+
+    /* the report would show its log as this run's */
+    const char *earlier = arena_printf(&o->arena, "%s/reward_model", course->output_dir);
+    if (course->only_program && file_exists(earlier))
+        warn("%s is an earlier run's: --reward_command judges in this one", earlier);
+}
+
 static void command_rlhf(struct Options *o) {
     struct Tokenizer *tok = load_tokenizer(o);
     const char *path = o->dataset_name ? o->dataset_name
                                        : shipped_file(&o->arena, "docs/reviews.jsonl",
                                                       "name data with --dataset_name");
-    struct Dataset *data = o->data = dataset_load(&o->arena, path, RATED_SHAPES, 1);
+    static const unsigned whole[] = {SHAPE_RATED | MAY_HAVE(HAS_OTHERS)};
+    struct Dataset *data = o->data =
+        dataset_load(&o->arena, path, o->reward_command ? whole : RATED_SHAPES, 1);
     struct Course course = {
         .tok = tok,
         .command = o->command,
@@ -19907,11 +21158,15 @@ static void command_rlhf(struct Options *o) {
         .temperature = o->generation.temperature,
         .scale = 1,
         .tokenizer = o->tokenizer,
+        .is_shipped = !o->dataset_name,
         .pretrain_steps = o->pretrain_steps,
         .reward_steps = o->reward_steps,
         .ppo_steps = o->ppo_steps,
         .dpo_steps = o->dpo_steps,
+        .grpo_steps = o->grpo_steps,
     };
+
+    choose_judges(o, &course);
 
     /* 1. A new model, or an existing one, which is only tuned on these texts, with steps that are
      *    smaller the wider it is. */
@@ -19930,8 +21185,8 @@ static void command_rlhf(struct Options *o) {
     /* 2. Refuse now what would fail only after minutes of training. */
     static const char untrained[] = "--reward_steps 0: an untrained reward model gives every text "
                                     "the same reward; 1 or more steps are needed";
-    CHECK(o->reward_steps > 0, "%s", untrained);
-    static const char *const results[] = {"language_model", "reward_model", "ppo", "dpo"};
+    CHECK(o->reward_steps > 0 || course.only_program, "%s", untrained);
+    static const char *const results[] = {"language_model", "reward_model", "ppo", "dpo", "grpo"};
     for (size_t i = 0; i < COUNT(results); i++)
         note_replaced(o, arena_printf(&o->arena, "%s/%s", course.output_dir, results[i]));
     CHECK(model->config.n_positions >= 48, "%s: a context of %zu tokens; rlhf needs 48 or more",
@@ -20008,6 +21263,18 @@ static const char EXPLAIN_EXAMPLE[] = JSON_TEXT({
          "values": [0.4, -0.1, -0.2, -0.4],
          "new_logprobs": [-1.94, -0.65, -0.82, -0.5],
          "new_values": [0.45, -0.15, -0.25, -0.5]}]},
+    "grpo": {"prompt": "The film is", "epsilon": 0.2, "epsilon_high": 0.2, "beta": 0.04,
+             "use_bias_correction_kl": 0, "loss_type": "dapo", "scale_rewards": "group",
+             "max_completion_length": 8, "answers": [
+        {"tokens": [" a", " lot", " of", " fun"], "score": 1,
+         "logprobs": [-0.79, -1.8, -0.05, -0.7], "ref_logprobs": [-0.66, -2.3, -0.05, -1.2],
+         "new_logprobs": [-0.69, -1.7, -0.04, -0.4]},
+        {"tokens": [" far", " too", " long", "."], "score": -0.6,
+         "logprobs": [-1.79, -0.6, -0.8, -0.5], "ref_logprobs": [-1.86, -0.7, -0.7, -0.5],
+         "new_logprobs": [-1.94, -0.65, -0.82, -0.5]},
+        {"tokens": [" not", " bad"], "score": 0.5,
+         "logprobs": [-1.3, -0.9], "ref_logprobs": [-1.2, -1],
+         "new_logprobs": [-1.24, -0.93]}]},
     "dpo": {"prompt": "The film is", "beta": 0.1, "label_smoothing": 0,
             "chosen_tokens": [" a", " lot", " of", " fun"],
             "chosen_logprobs": [-0.79, -1.8, -0.05, -0.7],
@@ -20052,7 +21319,7 @@ enum { EXAMPLE_ITEMS = 1000 };
 enum FieldKind {
     FIELD_NUMBER,
     FIELD_WHOLE,
-    FIELD_BASELINE, /* none, mean, rloo */
+    FIELD_WORD, /* one of those in `beside` */
     FIELD_LIST, /* of numbers, one or more */
     FIELD_LOGPS, /* a number, or a list of them */
     FIELD_IDS, /* whole numbers, none or more: each a place in `beside` */
@@ -20066,9 +21333,10 @@ static const struct ExampleField {
     enum FieldKind kind;
     double least, most;
     bool in_answer; /* a field of each answer */
-    const char *beside; /* the list that it is as long as, or NULL */
+    const char *beside; /* the list that it is as long as, or NULL; of a word: those allowed */
 } EXAMPLE_FIELDS[] = {
-    {"softmax, sampling, kl, reinforce, gae, ppo, dpo", "prompt", FIELD_PROMPT, 0, 0, false, NULL},
+    {"softmax, sampling, kl, reinforce, gae, ppo, grpo, dpo", "prompt", FIELD_PROMPT, 0, 0, false,
+     NULL},
     {"softmax, sampling", "logits", FIELD_LIST, -300, 300, false, NULL},
     {"softmax, sampling", "tokens", FIELD_TOKENS, 0, 0, false, "logits"},
     {"sampling", "ids", FIELD_IDS, 0, 1e6, false, "logits"},
@@ -20084,8 +21352,14 @@ static const struct ExampleField {
     {"reward", "rejected", FIELD_NUMBER, -1e6, 1e6, false, NULL},
     {"reward", "margin", FIELD_NUMBER, -1e6, 1e6, false, NULL},
     {"reward", "center_rewards_coefficient", FIELD_NUMBER, 0, 1000, false, NULL},
-    {"reinforce", "baseline", FIELD_BASELINE, 0, 0, false, NULL},
-    {"reinforce", "beta", FIELD_NUMBER, 0, 1000, false, NULL},
+    {"reinforce", "baseline", FIELD_WORD, 0, 0, false, "none, mean, rloo"},
+    {"reinforce, grpo", "beta", FIELD_NUMBER, 0, 1000, false, NULL},
+    {"grpo", "epsilon", FIELD_NUMBER, 0, 1000, false, NULL},
+    {"grpo", "epsilon_high", FIELD_NUMBER, 0, 1000, false, NULL},
+    {"grpo", "use_bias_correction_kl", FIELD_WHOLE, 0, 1, false, NULL},
+    {"grpo", "loss_type", FIELD_WORD, 0, 0, false, GRPO_LOSS_NAMES},
+    {"grpo", "scale_rewards", FIELD_WORD, 0, 0, false, SCALE_REWARDS_NAMES},
+    {"grpo", "max_completion_length", FIELD_WHOLE, 1, 1e6, false, NULL},
     {"dpo, exact", "beta", FIELD_NUMBER, 0.001, 1000, false, NULL},
     {"dpo", "label_smoothing", FIELD_NUMBER, 0, 0.5, false, NULL},
     {"ppo", "kl_coef", FIELD_NUMBER, 0, 1000, false, NULL},
@@ -20103,20 +21377,20 @@ static const struct ExampleField {
     {"exact", "ref_probabilities", FIELD_LIST, 1e-9, 1, false, NULL},
     {"exact", "rewards", FIELD_LIST, -1e6, 1e6, false, "ref_probabilities"},
     {"exact", "tokens", FIELD_TOKENS, 0, 0, false, "ref_probabilities"},
-    {"reinforce, gae, ppo", "answers", FIELD_ANSWERS, 0, 0, false, NULL},
-    {"reinforce, ppo", "score", FIELD_NUMBER, -1e6, 1e6, true, NULL},
+    {"reinforce, gae, ppo, grpo", "answers", FIELD_ANSWERS, 0, 0, false, NULL},
+    {"reinforce, ppo, grpo", "score", FIELD_NUMBER, -1e6, 1e6, true, NULL},
     {"reinforce", "logps", FIELD_LOGPS, -1e6, 0, true, NULL},
     {"reinforce", "ref_logps", FIELD_LOGPS, -1e6, 0, true, "logps"},
     {"reinforce", "tokens", FIELD_TOKENS, 0, 0, true, "logps"},
     {"gae", "rewards", FIELD_LIST, -1e6, 1e6, true, NULL},
     {"gae", "values", FIELD_LIST, -1e6, 1e6, true, "rewards"},
     {"gae", "tokens", FIELD_TOKENS, 0, 0, true, "rewards"},
-    {"ppo", "logprobs", FIELD_LIST, -80, 0, true, NULL},
-    {"ppo", "ref_logprobs", FIELD_LIST, -80, 0, true, "logprobs"},
+    {"ppo, grpo", "logprobs", FIELD_LIST, -80, 0, true, NULL},
+    {"ppo, grpo", "ref_logprobs", FIELD_LIST, -80, 0, true, "logprobs"},
     {"ppo", "values", FIELD_LIST, -1e6, 1e6, true, "logprobs"},
-    {"ppo", "new_logprobs", FIELD_LIST, -80, 0, true, "logprobs"},
+    {"ppo, grpo", "new_logprobs", FIELD_LIST, -80, 0, true, "logprobs"},
     {"ppo", "new_values", FIELD_LIST, -1e6, 1e6, true, "logprobs"},
-    {"ppo", "tokens", FIELD_TOKENS, 0, 0, true, "logprobs"},
+    {"ppo, grpo", "tokens", FIELD_TOKENS, 0, 0, true, "logprobs"},
 };
 
 /* What a topic adds to its example, in an answer or beside them; NULL for a topic without example.
@@ -20131,6 +21405,7 @@ static const char *topic_adds(const char *topic) {
         {"gae", "deltas, raw_advantages, returns, advantages"},
         {"ppo", "kl, rewards, deltas, raw_advantages, returns, advantages, ratios, clipped, "
                 "token_losses, dlogprobs, value_losses, dvalues, policy_loss, value_loss, loss"},
+        {"grpo", "advantage, ratios, clipped, kl, token_losses, dlogprobs, loss"},
         {"dpo", "chosen_logp, ref_chosen_logp, rejected_logp, ref_rejected_logp, delta, loss, "
                 "dchosen, drejected, reward_chosen, reward_rejected"},
         {"exact", "Z, optimum, objective_ref, objective_max"},
@@ -20209,9 +21484,9 @@ static struct Json *example_field(const struct ExampleReader *r, const struct Ex
         check_field_number(r, field, json, place);
     if (kind == FIELD_PROMPT)
         CHECK(json->type == JSON_STRING, "%s: a text was expected; found: %s", place, found);
-    if (kind == FIELD_BASELINE)
-        CHECK(json->type == JSON_STRING && list_has(KIND_BASELINE.expected, json->string.data),
-              "%s: \"none\", \"mean\" or \"rloo\" was expected; found: %s", place, found);
+    if (kind == FIELD_WORD)
+        CHECK(json->type == JSON_STRING && list_has(field->beside, json->string.data),
+              "%s: one of these words was expected: %s; found: %s", place, field->beside, found);
     if (kind < FIELD_LIST || kind == FIELD_PROMPT || (kind == FIELD_LOGPS && !is_list))
         return json;
 
@@ -20317,6 +21592,10 @@ static const char *get_word(const struct Json *object, const char *name) {
 }
 
 /* How many items a list has; 0 if it is none. */
+static size_t get_choice(const struct Json *object, const char *name, const char *words) {
+    return choice(name, get_word(object, name), words);
+}
+
 static size_t get_count(const struct Json *object, const char *name) {
     return json_type(object, name) == JSON_ARRAY ? (size_t)json_get(object, name)->number : 0;
 }
@@ -20471,7 +21750,7 @@ static struct Rollout *explain_answers(struct Options *o) {
     check_reward_model(o->reward_model, o->reward_model_path);
     struct Scorer scorer = {.reward_model = o->reward_model, .tok = o->tok, .std = 1};
     float scores[2];
-    scorer_score(&scorer, &o->arena, answers, 2, config, scores);
+    scorer_score(&scorer, &o->arena, answers, 2, config, NULL, scores);
     for (size_t i = 0; i < 2; i++)
         rollouts[i].score = scores[i];
     return rollouts;
@@ -20484,10 +21763,14 @@ static const struct {
     const char *topics, *before, *name;
     enum Column column;
 } ANSWER_FIELDS[] = {
-    {"ppo, dpo", "", "logprobs", LOGPROBS},    {"ppo, dpo", "ref_", "logprobs", REF_LOGPROBS},
-    {"ppo, gae", "", "values", VALUES},        {"gae", "", "rewards", REWARDS},
-    {"ppo", "new_", "logprobs", NEW_LOGPROBS}, {"ppo", "new_", "values", NEW_VALUES},
-    {"reinforce", "", "logps", LOGPROBS},      {"reinforce", "ref_", "logps", REF_LOGPROBS},
+    {"ppo, grpo, dpo", "", "logprobs", LOGPROBS},
+    {"ppo, grpo, dpo", "ref_", "logprobs", REF_LOGPROBS},
+    {"ppo, gae", "", "values", VALUES},
+    {"gae", "", "rewards", REWARDS},
+    {"ppo, grpo", "new_", "logprobs", NEW_LOGPROBS},
+    {"ppo", "new_", "values", NEW_VALUES},
+    {"reinforce", "", "logps", LOGPROBS},
+    {"reinforce", "ref_", "logps", REF_LOGPROBS},
 };
 
 /* One answer's fields. Those of dpo are the example's own; `side`, in their names, tells which. */
@@ -20495,7 +21778,7 @@ static void example_add_answer(struct Options *o, struct Json *parent, const cha
                                const struct Rollout *rollout, const char *side, size_t start,
                                const float *const columns[COLUMNS]) {
     size_t n = rollout->response_length;
-    if (list_has("ppo, reinforce", topic))
+    if (list_has("ppo, grpo, reinforce", topic))
         json_add(&o->arena, parent, "score", JSON_NUMBER)->number = rollout->score;
     json_add_tokens(o, parent, arena_printf(&o->arena, "%stokens", side),
                     rollout->example.ids + rollout->example.prompt_length, n);
@@ -20547,6 +21830,33 @@ static void example_of_answers(struct Options *o, struct Json *example, const ch
     rollout_trainer_free(trainer);
 }
 
+/* grpo: what a step of GRPO knows of the two answers, as a group; `new` is what the policy says of
+ * them after one update with --learning_rate and the built-in example's other settings. */
+static void example_of_group(struct Options *o, struct Json *example) {
+    struct Rollout *rollouts = explain_answers(o);
+    struct Json *all = json_object(&o->arena, text_of(EXPLAIN_EXAMPLE), "the built-in example", "");
+    o->train.per_device_train_batch_size = 2;
+    struct GRPOConfig config = explain_grpo_config(json_get(all, "grpo"), 2);
+    struct RolloutTrainer *trainer = grpo_trainer_new(o->model, o->reference, config, o->train, 1);
+
+    /* the update; then the policy reads the answers again */
+    grpo_step(trainer, rollouts);
+    const struct GRPOBatch *p = &trainer->grpo_batch;
+    struct Example *examples = rollout_examples(&trainer->arena, rollouts, 2);
+    struct Batch batch = collate(&trainer->arena, examples, 2, SKIP_LAST);
+    struct LMHead now = batch_logprobs(o->model, &trainer->arena, &batch, 1, false);
+    const float *const columns[COLUMNS] = {
+        [LOGPROBS] = p->logprobs,
+        [REF_LOGPROBS] = p->ref_logprobs,
+        [NEW_LOGPROBS] = now.logprob,
+    };
+    struct Json *list = json_add(&o->arena, example, "answers", JSON_ARRAY);
+    for (size_t i = 0; i < 2; i++)
+        example_add_answer(o, json_add(&o->arena, list, "", JSON_OBJECT), "grpo", &rollouts[i], "",
+                           p->start[i], columns);
+    rollout_trainer_free(trainer);
+}
+
 /* reward: the score of an answer, whose text the topic has no field for. */
 static void example_add_reward(struct Options *o, struct Json *example, const char *side,
                                const struct Rollout *rollout) {
@@ -20570,7 +21880,7 @@ static const struct ModelTopic {
     {"reward", TO_TWO_ANSWERS ", reward_model_path", "prompt, reward_model_path"},
     {"reinforce, gae", TO_TWO_ANSWERS ", ref_model, reward_model_path",
      "prompt, reward_model_path"},
-    {"ppo", TO_TWO_ANSWERS ", ref_model, reward_model_path, learning_rate",
+    {"ppo, grpo", TO_TWO_ANSWERS ", ref_model, reward_model_path, learning_rate",
      "prompt, reward_model_path"},
 };
 
@@ -20618,6 +21928,8 @@ static struct Json *example_of_models(struct Options *o, const char *topic) {
     json_add(&o->arena, example, "prompt", JSON_STRING)->string = text_of(o->prompt);
     if (list_has("softmax, sampling, kl", topic))
         example_of_next(o, example, topic);
+    else if (strcmp(topic, "grpo") == 0)
+        example_of_group(o, example);
     else
         example_of_answers(o, example, topic);
     return example;
@@ -20716,7 +22028,7 @@ static const struct Command {
     const char *defaults; /* those that are the command's own: a name, a value, ... */
 } COMMANDS[] = {
     {"rlhf", "the whole course: language model, reward model, PPO, DPO", command_rlhf, "",
-     "temperature 0.7, output_dir out, pretrain_steps 2000, reward_steps 450, ppo_steps 85, "
+     "temperature 0.7, output_dir out, pretrain_steps 3200, reward_steps 450, ppo_steps 85, "
      "dpo_steps 150"},
     {"tokenize", "[FILE]: text (or standard input) to ids; --decode: ids to text", command_tokenize,
      "", "vocab_size 50257"},
@@ -21015,16 +22327,35 @@ static int take_flag(struct Options *o, const struct Command *command, char **ar
 
 /* ---- Flags without effect ------------------------------------------------------------------- */
 
+/* The flags about the text that is generated. */
+static void note_idle_generation(struct Options *o, const struct Command *command) {
+    const struct GenerationConfig *g = &o->generation;
+    bool generates = command->run == command_generate;
+    const char *answers = "best_of, ref_model, seed, max_samples, max_new_tokens, temperature, "
+                          "top_k, top_p, input_min_text_length, input_max_text_length";
+    note_idle(o, generates && !g->do_sample, "temperature, top_k, top_p, seed",
+              "without --do_sample nothing is drawn");
+    note_idle(o, generates && g->num_beams == 1, "length_penalty, early_stopping",
+              "there are no beams (--num_beams)");
+    note_idle(o, g->min_new_tokens > g->max_new_tokens, "min_new_tokens",
+              "it is above --max_new_tokens, which ends the text");
+    note_idle(o, o->prompt, "dataset_name", "--prompt is continued");
+    bool judged = o->reward_model_path || o->reward_command;
+    note_idle(o, judged, "max_length", "answers end at --max_new_tokens");
+    note_idle(o, command->run == command_eval && !judged, answers,
+              "answers are written only for a --reward_model_path or a --reward_command");
+    note_idle(o, !o->reward_command, "reward_timeout", "there is no --reward_command");
+    note_idle(o, generates && !o->best_of, "reward_model_path, reward_command, reward_weights",
+              "without --best_of nothing is judged");
+}
+
 /* Notes each flag that has no effect together with the other flags given, and why. */
 static void note_idle_flags(struct Options *o, const struct Command *command) {
     const struct TrainingArguments *train = &o->train;
-    const struct GenerationConfig *g = &o->generation;
-    bool generates = command->run == command_generate;
     bool smoothing = strstr(o->loss_type, "sigmoid") || strstr(o->loss_type, "robust");
-    const char *fresh = "reward_model_path, dataset_name, top_k, top_p, input_min_text_length, "
+    const char *fresh = "reward_model_path, reward_command, reward_weights, reward_timeout, "
+                        "dataset_name, top_k, top_p, input_min_text_length, "
                         "input_max_text_length, output_min_length, output_max_length";
-    const char *answers = "ref_model, seed, max_samples, max_new_tokens, temperature, top_k, "
-                          "top_p, input_min_text_length, input_max_text_length";
 
     /* 1. What is trained, and on what. */
     note_idle(o, !o->use_peft, "lora_r, lora_alpha, lora_dropout, lora_target_modules, use_rslora",
@@ -21054,18 +22385,7 @@ static void note_idle_flags(struct Options *o, const struct Command *command) {
               "--adap_kl_ctrl false keeps the coefficient as it is");
     note_idle(o, !o->ppo.early_stopping, "target_kl", "--early_stopping is not given");
     note_idle(o, !o->ppo.use_score_scaling, "use_score_norm", "--use_score_scaling is not given");
-
-    /* 3. What text is generated. */
-    note_idle(o, generates && !g->do_sample, "temperature, top_k, top_p, seed",
-              "without --do_sample nothing is drawn");
-    note_idle(o, generates && g->num_beams == 1, "length_penalty, early_stopping",
-              "there are no beams (--num_beams)");
-    note_idle(o, g->min_new_tokens > g->max_new_tokens, "min_new_tokens",
-              "it is above --max_new_tokens, which ends the text");
-    note_idle(o, o->prompt, "dataset_name", "--prompt is continued");
-    note_idle(o, o->reward_model_path, "max_length", "answers end at --max_new_tokens");
-    note_idle(o, command->run == command_eval && !o->reward_model_path, answers,
-              "answers are written only for a --reward_model_path");
+    note_idle_generation(o, command);
 }
 
 /* Takes an argument that is not a flag: a file or a folder, or a word of glossary's term. */
@@ -21122,8 +22442,9 @@ static void check_needed(struct Options *o, const struct Command *command) {
     const char *needs = command->needs;
     for (const char *name; (name = take_name(&o->arena, &needs));) {
         bool stored = o->rollouts && list_has("reward_model_path, dataset_name", name);
-        if (!stored && !given(o, name))
-            die_usage("--%s is needed; see --help", name);
+        bool judge = strcmp(name, "reward_model_path") == 0;
+        if (!stored && !given(o, name) && !(judge && o->reward_command))
+            die_usage("--%s%s is needed; see --help", name, judge ? ", or --reward_command," : "");
     }
 }
 
@@ -21138,6 +22459,7 @@ static struct Options default_options(const char *name) {
         .passed_over = "",
         .lora = {.r = 16, .lora_alpha = 32, .target_modules = "c_attn"},
         .config = {.layer_norm_epsilon = 1e-5f},
+        .reward_timeout = 600,
         .input_length = {2, 8},
         .output_length = {4, 16},
     };
@@ -21349,6 +22671,261 @@ static size_t peak_rss_bytes(void) {
     struct rusage usage;
     getrusage(RUSAGE_SELF, &usage);
     return (size_t)usage.ru_maxrss * RSS_UNIT;
+}
+#endif
+
+/* ---- Programs, where a system has them */
+
+#if defined(_WIN32) || defined(__wasm__)
+static void program_check_system(void) {
+    die("--reward_command: programs can be started on Linux, macOS and other POSIX systems; here "
+        "only a reward model judges (--reward_model_path)");
+}
+
+static struct ProgramRun program_run(const struct RewardProgram *program, struct Arena *arena,
+                                     const struct Judged *answers, size_t n) {
+    (void)program, (void)arena, (void)answers, (void)n;
+    return (struct ProgramRun){.error = ENOSYS};
+}
+#else
+extern char **environ;
+
+static void program_check_system(void) {
+}
+
+/* A running program: its process, which leads a group of its own, and our ends of three pipes; -1:
+ * closed. */
+struct Talk {
+    pid_t pid;
+    int in, out, err;
+    struct Text input; /* what it has not read yet */
+    char *output; /* what it has written */
+    size_t used, capacity, line_start;
+    struct ProgramRun run;
+};
+
+/* Signals that end the program: it must not leave a judge behind. */
+static const int ENDING_SIGNALS[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT};
+static void (*volatile earlier_handler[COUNT(ENDING_SIGNALS)])(int);
+static volatile pid_t judging; /* the judge's process group */
+
+/* Ctrl-C while a program judges. In a training the first one waits for the end of the step as
+ * elsewhere (chapter 25). Otherwise the judge is ended, then the program. */
+static void interrupt_judging(int signal_number) {
+    for (size_t i = 0; i < COUNT(ENDING_SIGNALS); i++) {
+        if (signal_number != ENDING_SIGNALS[i] || earlier_handler[i] != interrupt)
+            continue;
+        interrupted = 1;
+        earlier_handler[i] = SIG_DFL;
+        return;
+    }
+    kill(-judging, SIGKILL);
+    signal(signal_number, SIG_DFL);
+    raise(signal_number);
+}
+
+static void judging_begin(pid_t pid) {
+    judging = pid;
+    for (size_t i = 0; i < COUNT(ENDING_SIGNALS); i++) {
+        earlier_handler[i] = signal(ENDING_SIGNALS[i], interrupt_judging);
+        /* nohup: what is ignored stays ignored */
+        if (earlier_handler[i] == SIG_IGN)
+            signal(ENDING_SIGNALS[i], SIG_IGN);
+    }
+}
+
+static void judging_end(void) {
+    for (size_t i = 0; i < COUNT(ENDING_SIGNALS); i++)
+        signal(ENDING_SIGNALS[i], earlier_handler[i]);
+}
+
+/* What a program reads, as JSON Lines. */
+static struct Text program_input(struct Arena *arena, const struct Judged *answers, size_t n) {
+    char *buffer = NULL;
+    size_t length = 0;
+    FILE *file = open_memstream(&buffer, &length);
+    CHECK(file, "out of memory");
+    for (size_t i = 0; i < n; i++) {
+        json_write_string(file, "{\"prompt\": ", answers[i].prompt);
+        json_write_string(file, ", \"completion\": ", answers[i].completion);
+        fwrite(answers[i].others.data, 1, answers[i].others.length, file);
+        fputs("}\n", file);
+    }
+    CHECK(fclose(file) == 0, "out of memory");
+    struct Text input = text_copy(arena, (struct Text){buffer, length});
+    free(buffer);
+    return input;
+}
+
+/* Closes our end of a pipe, if it is open. */
+static void talk_close(int *end) {
+    if (*end >= 0)
+        close(*end);
+    *end = -1;
+}
+
+/* Makes a pipe; ours: which end (0 reads, 1 writes) stays here, and must never block. No other
+ * program inherits either end: it would keep the pipe open. */
+static bool talk_pipe(int ends[2], int ours) {
+    if (pipe(ends) != 0) {
+        ends[0] = ends[1] = -1;
+        return false;
+    }
+    fcntl(ends[0], F_SETFD, FD_CLOEXEC);
+    fcntl(ends[1], F_SETFD, FD_CLOEXEC);
+    return fcntl(ends[ours], F_SETFL, O_NONBLOCK) == 0;
+}
+
+/* Starts the program with the three pipes as its standard streams; returns an error, or 0. */
+static int talk_start(struct Talk *t, char **words, const int in[2], const int out[2],
+                      const int err[2]) {
+    posix_spawn_file_actions_t streams;
+    posix_spawnattr_t how;
+    sigset_t usual;
+    sigset_t none;
+    /* 1. Signals as a program expects to find them: a training ignores SIGPIPE. A group of its own,
+     *    so that it can be ended together with all that it has started, and so that Ctrl-C in the
+     *    terminal does not reach it. */
+    sigemptyset(&none);
+    sigemptyset(&usual);
+    sigaddset(&usual, SIGPIPE);
+    sigaddset(&usual, SIGXFSZ);
+    posix_spawnattr_init(&how);
+    posix_spawnattr_setflags(&how, POSIX_SPAWN_SETPGROUP | POSIX_SPAWN_SETSIGDEF
+                                       | POSIX_SPAWN_SETSIGMASK);
+    posix_spawnattr_setpgroup(&how, 0);
+    posix_spawnattr_setsigdefault(&how, &usual);
+    posix_spawnattr_setsigmask(&how, &none);
+
+    /* 2. Its streams. The run's own files, which have the lowest numbers, are none of its business:
+     *    it must not hold a log open. */
+    posix_spawn_file_actions_init(&streams);
+    posix_spawn_file_actions_adddup2(&streams, in[0], 0);
+    posix_spawn_file_actions_adddup2(&streams, out[1], 1);
+    posix_spawn_file_actions_adddup2(&streams, err[1], 2);
+    for (int fd = 3; fd < 256; fd++)
+        fcntl(fd, F_SETFD, FD_CLOEXEC);
+    int error = posix_spawn(&t->pid, words[0], &streams, &how, words, environ);
+    posix_spawn_file_actions_destroy(&streams);
+    posix_spawnattr_destroy(&how);
+    return error;
+}
+
+/* Writes as much as the pipe takes. A program that reads no more, or has ended, gets no more: that
+ * is no error if it writes its numbers. */
+static void talk_write(struct Talk *t) {
+    ssize_t n = write(t->in, t->input.data, t->input.length);
+    if (n < 0 && errno != EAGAIN && errno != EINTR)
+        talk_close(&t->in);
+    if (n > 0)
+        t->input = (struct Text){t->input.data + n, t->input.length - (size_t)n};
+    if (t->input.length == 0)
+        talk_close(&t->in);
+}
+
+/* Reads what the program has written, and watches that there is an end to it. */
+static void talk_read(struct Talk *t, size_t answers) {
+    t->output = grow(t->output, t->used, &t->capacity, 1);
+    ssize_t n = read(t->out, t->output + t->used, t->capacity - t->used);
+    if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR))
+        talk_close(&t->out);
+    if (n <= 0)
+        return;
+    for (size_t end = t->used + (size_t)n; t->used < end; t->used++) {
+        if (t->run.lines == answers)
+            t->run.ending = PROGRAM_LINES_TOO_MANY;
+        else if (t->used - t->line_start >= PROGRAM_LONGEST_LINE)
+            t->run.ending = PROGRAM_LINE_ENDLESS;
+        if (t->run.ending != PROGRAM_ENDED)
+            return;
+        if (t->output[t->used] != '\n')
+            continue;
+        t->run.lines++;
+        t->line_start = t->used + 1;
+    }
+}
+
+/* Hands on what the program says on stderr; a progress line makes room for it. */
+static void talk_hand_on(struct Talk *t) {
+    char chunk[4096];
+    ssize_t n = read(t->err, chunk, sizeof chunk);
+    if (n == 0 || (n < 0 && errno != EAGAIN && errno != EINTR))
+        talk_close(&t->err);
+    if (n <= 0)
+        return;
+    progress_clear();
+    fwrite(chunk, 1, (size_t)n, stderr);
+}
+
+/* Has the program ended? It is not reaped yet: until then nobody else can get its number. */
+static bool talk_ended(const struct Talk *t) {
+    siginfo_t info = {0};
+    return waitid(P_PID, (id_t)t->pid, &info, WEXITED | WNOHANG | WNOWAIT) != 0
+           || info.si_pid == t->pid;
+}
+
+/* Talks to the program until it has ended, and all that it wrote is read, or until it has used up
+ * its time or our patience. Both directions at once: whoever writes first and reads later would
+ * wait for ever for a program that does the same. */
+static void talk(struct Talk *t, double deadline, size_t answers) {
+    while (t->run.ending == PROGRAM_ENDED) {
+        /* asked before the pipes are, so that nothing can come after what is read then */
+        bool ended = talk_ended(t);
+        struct pollfd ends[] = {{t->in, POLLOUT, 0}, {t->out, POLLIN, 0}, {t->err, POLLIN, 0}};
+        int ready = poll(ends, COUNT(ends), ended ? 0 : t->out < 0 ? 2 : 20);
+        if (ready > 0 && ends[0].revents)
+            talk_write(t);
+        if (ready > 0 && ends[1].revents)
+            talk_read(t, answers);
+        if (ready > 0 && ends[2].revents)
+            talk_hand_on(t);
+        if (ended && ready == 0)
+            return;
+        if (seconds_now() > deadline && t->run.ending == PROGRAM_ENDED)
+            t->run.ending = PROGRAM_TIMED_OUT;
+    }
+}
+
+/* Runs a program on n answers. When this returns, neither it nor anything that it has started (and
+ * that has not left its group) is there any more, and all pipes are closed. */
+static struct ProgramRun program_run(const struct RewardProgram *program, struct Arena *arena,
+                                     const struct Judged *answers, size_t n) {
+    struct Talk t = {.input = program_input(arena, answers, n)};
+    int in[2] = {-1, -1};
+    int out[2] = {-1, -1};
+    int err[2] = {-1, -1};
+    /* 1. A program that has ended must not end us when we write to it. */
+    void (*broken_pipe)(int) = signal(SIGPIPE, SIG_IGN);
+    bool piped = talk_pipe(in, 1) && talk_pipe(out, 0) && talk_pipe(err, 0);
+    t.run.error = piped ? talk_start(&t, program->words, in, out, err) : errno;
+    talk_close(&in[0]);
+    talk_close(&out[1]);
+    talk_close(&err[1]);
+    t.in = in[1];
+    t.out = out[0];
+    t.err = err[0];
+
+    /* 2. What comes of it. The group is ended before its leader is reaped, since its number could
+     *    then be another's. */
+    if (!t.run.error) {
+        int status = 0;
+        judging_begin(t.pid);
+        talk(&t, seconds_now() + program->timeout, n);
+        kill(-t.pid, SIGKILL);
+        while (waitpid(t.pid, &status, 0) < 0 && errno == EINTR)
+            continue;
+        judging_end();
+        t.run.status = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
+        t.run.signal = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
+    }
+    talk_close(&t.in);
+    talk_close(&t.out);
+    talk_close(&t.err);
+    signal(SIGPIPE, broken_pipe);
+    if (t.output)
+        t.run.output = text_copy(arena, (struct Text){t.output, t.used});
+    free(t.output);
+    return t.run;
 }
 #endif
 

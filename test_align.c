@@ -1593,7 +1593,9 @@ static void test_grpo_token_loss_clipped(void) {
                 !up.is_low_clipped && !up.is_high_clipped && !down.is_low_clipped
                     && !down.is_high_clipped);
     expect_close("ratio", high.ratio, 1.5, 1e-12);
-    expect_close("no reference, no KL", high.kl, 0, 0);
+    expect_close("beta 0: the KL is shown", high.kl, exp(1) - 2, 1e-12);
+    expect_close("and is no part of the loss", high.loss, -2.56, 1e-12);
+    expect_close("or of its slope", high.dlogprob, 0, 0);
 }
 
 /* By hand: answers of 2 and 6 tokens, advantages 1 and -1, ratio 1. */
@@ -4969,7 +4971,7 @@ static void test_reward_company(void) {
 }
 
 /* =============================================================================================
- * Chapter 17 - Rollouts, REINFORCE, PPO
+ * Chapter 17 - Rollouts, REINFORCE, PPO, GRPO
  *
  * The functions of chapter 4 on a model: each figure of a step by another way, gradients by
  * central differences, and a made-up reward that every method raises.
@@ -5673,7 +5675,14 @@ static void test_ppo_trace_shows(void) {
 static void test_scorer_prefixes(void) {
     struct GPT2 *judge = random_model(300, 14, 8, 2, 2);
     tensor_normal(reward_head_declare(judge), &test_rng, 1);
-    struct Scorer scorer = {judge, tokenizer, 0.1, 0.5, 99, -2};
+    struct Scorer scorer = {
+        .reward_model = judge,
+        .tok = tokenizer,
+        .mean = 0.1,
+        .std = 0.5,
+        .least_length = 99,
+        .short_score = -2,
+    };
     struct GPT2Config policy = {.vocab_size = 300, .eos_token_id = 299};
     struct Example e = example_encode(&test_arena, tokenizer, text_of("abc de fgh"), 300, NULL);
     float scores[16], reward[16];
@@ -6316,13 +6325,203 @@ static void test_answer_end(void) {
         float score, want;
         reward_score(reward_model, &read, 1, &want);
         scorer.least_length = 0;
-        scorer_score(&scorer, &test_arena, &e, 1, &policy, &score);
+        scorer_score(&scorer, &test_arena, &e, 1, &policy, NULL, &score);
         expect_close(cases[i].text, score, want, 0);
         scorer.least_length = 3;
-        scorer_score(&scorer, &test_arena, &e, 1, &policy, &score);
+        scorer_score(&scorer, &test_arena, &e, 1, &policy, NULL, &score);
         expect_close("ended too soon", score, ids[e.n - 1] == 13 ? -1e6 : want, 0);
         expect_count("tokens", answer_length(&e, &policy), cases[i].length);
         expect_text("answer", answer_text(tokenizer, &test_arena, &e, &policy), cases[i].answer);
+    }
+}
+
+/* By hand: two judges, each of whom may have no score. */
+static void test_weighted_score(void) {
+    const double weight[] = {2, 0.5};
+    expect_close("both", weighted_score(weight, 3, -4), 4, 0);
+    expect_close("without the second", weighted_score(weight, 3, NAN), 6, 0);
+    expect_close("without the first", weighted_score(weight, NAN, -4), -2, 0);
+    expect_close("neither", weighted_score(weight, NAN, NAN), NAN, 0);
+}
+
+/* By hand, in groups of two: 1, none | none, none | 3, 5. */
+static void test_score_missing(void) {
+    float score[] = {1, NAN, NAN, NAN, 3, 5};
+    float alone[] = {2, NAN, 6};
+    float none[] = {NAN, NAN};
+    expect_close("mean", mean_score((float[]){1, NAN, 4}, 3), 2.5, 0);
+    expect_close("mean of none", mean_score(none, 2), NAN, 0);
+    score_missing(score, 6, 2);
+    expect_floats("groups of two", score, (double[]){1, 1, 3, 3, 3, 5}, 6, 0);
+    score_missing(alone, 3, 1);
+    expect_floats("alone", alone, (double[]){2, 4, 6}, 3, 0);
+    capture_begin();
+    score_missing(none, 2, 1);
+    struct Text said = capture_end();
+    expect_floats("none at all", none, (double[]){0, 0}, 2, 0);
+    expect_holds("and it is said", said, "none of the 2 answers of this batch has a score");
+}
+
+#ifndef _WIN32
+/* What a program, here a line of the shell, makes of `n` answers. */
+static void judge(const char *script, size_t n, float *number) {
+    struct Judged *answers = arena_zeros(&test_arena, n, sizeof *answers);
+    for (size_t i = 0; i < n; i++) {
+        answers[i].prompt = text_of(i ? "2 + 3 =" : "\"q\"");
+        answers[i].completion = text_of(i ? " 5" : "\xc3\xa9\n");
+        answers[i].others = text_of(i ? ", \"answer\": 5.0" : "");
+    }
+    const char *words[] = {"sh", "-c", script};
+    struct RewardProgram *program = program_new(&test_arena, "sh -c x", 20);
+    program->command = "judge";
+    for (size_t i = 1; i < 3; i++)
+        program->words[i] = (char *)words[i];
+    if (strstr(script, "sleep"))
+        program->timeout = 0.2;
+    program_judge(program, answers, n, number);
+}
+
+static size_t open_descriptors(void) {
+    size_t count = 0;
+    for (int fd = 0; fd < 256; fd++)
+        count += fcntl(fd, F_GETFD) != -1;
+    return count;
+}
+
+/* A program reads the answers, and its numbers come back, whatever the order in which it reads and
+ * writes; it leaves no process and no descriptor behind. */
+static void test_program_judge(void) {
+    enum { MANY = 3000 };
+    float number[MANY];
+    size_t before = open_descriptors();
+    const char *asked = temporary("asked.jsonl");
+    judge(arena_printf(&test_arena, "cat > '%s'; echo 0.5; echo null; echo -1e-3", asked), 3,
+          number);
+    expect_text("what it reads", read_file(&test_arena, asked),
+                "{\"prompt\": \"\\\"q\\\"\", \"completion\": \"\xc3\xa9\\n\"}\n"
+                "{\"prompt\": \"2 + 3 =\", \"completion\": \" 5\", \"answer\": 5.0}\n"
+                "{\"prompt\": \"2 + 3 =\", \"completion\": \" 5\", \"answer\": 5.0}\n");
+    expect_close("a number", number[0], 0.5, 0);
+    expect_true("null", isnan(number[1]));
+    expect_close("the third", number[2], -1e-3f, 0);
+
+    /* more than a pipe holds, both ways; or nothing read at all */
+    judge("i=0; while read -r line; do i=$((i+1)); echo $i; done", MANY, number);
+    expect_close("the last of many", number[MANY - 1], MANY, 0);
+    judge("yes 7 | head -n 3000; cat > /dev/null", MANY, number);
+    expect_close("written before it is read", number[MANY - 1], 7, 0);
+    judge("yes 8 | head -n 3000", MANY, number);
+    expect_close("never read", number[MANY - 1], 8, 0);
+    judge("printf '1\\r\\n 2 '", 2, number);
+    expect_floats("no line break at the end", number, (double[]){1, 2}, 2, 0);
+    judge("sleep 1000 & echo 4", 1, number);
+    expect_close("a process is left in the background", number[0], 4, 0);
+    expect_count("descriptors", open_descriptors(), before);
+    expect_true("no child is left", waitpid(-1, NULL, WNOHANG) == -1 && errno == ECHILD);
+}
+
+static void judge_two(const void *script) {
+    float number[2];
+    judge(script, 2, number);
+}
+
+/* What a program may do wrong, and what is said of it. */
+static void test_program_judge_errors(void) {
+    static const char *const cases[][2] = {
+        {"echo 1", "judge: wrote 1 lines for 2 answers"},
+        {"echo 1; echo 2; echo 3", "judge: wrote more than 2 lines for 2 answers, and was ended"},
+        {"yes", "wrote more than 2 lines"},
+        {"echo 1; echo good", "line 2 (of 2 answers) is no JSON: \"good\"; a number or null was"},
+        {"echo 1; echo '[2]'", "line 2 (of 2 answers) is other JSON: \"[2]\""},
+        {"echo '\"3\"'; echo 1", "line 1 (of 2 answers) is other JSON: \"\"3\"\""},
+        {"echo 1,5; echo 1", "line 1 (of 2 answers) is no JSON: \"1,5\""},
+        {"echo nan; echo 1", "line 1 (of 2 answers) is no JSON: \"nan\""},
+        {"echo Infinity; echo 1", "is no JSON: \"Infinity\""},
+        {"echo 1e99; echo 1", "is a number beyond 3.4e38: \"1e99\""},
+        {"echo; echo 1", "line 1 (of 2 answers) is an empty line: \"\""},
+        {"echo 1; head -c 61 /dev/zero | tr '\\0' x", ": "
+                                                      "\"xxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxxx"},
+        {"cat /dev/zero", "line 1 has no end within 65536 bytes"},
+        {"echo 1; echo 2; exit 3", "ended with exit status 3, 0 was expected"},
+        {"kill -9 $$", "was ended by signal 9"},
+        {"sleep 1000", "was still running after 0.2 seconds, and was ended; give it more (--rew"},
+        {"exec >&-; sleep 1000", "was still running after 0.2 seconds"},
+        {"while :; do echo x >&2; : sleep; done 2>/dev/null", "was still running after 0.2"},
+    };
+    for (size_t i = 0; FORKS && i < COUNT(cases); i++)
+        expect_end(cases[i][0], judge_two, cases[i][0], 1, cases[i][1]);
+}
+
+static void find_program(const void *command) {
+    program_new(&test_arena, command, 1);
+}
+
+/* Which program is it? With a slash a path, else a name in PATH; a file whose path is the whole
+ * command needs no quotes. */
+static void test_program_find(void) {
+    char *path = arena_printf(&test_arena, "%s/a \"jury's\" \xc3\xa4pfel.sh", folder);
+    FILE *file = fopen(path, "w");
+    fputs("#!/bin/sh\n", file);
+    fclose(file);
+    if (FORKS) {
+        expect_end("not to be run", find_program, shell_word(&test_arena, path), 1,
+                   "pfel.sh is no program that may be run; chmod +x it");
+        expect_end("no file", find_program, "./nowhere 1", 1,
+                   "--reward_command: ./nowhere: No such file");
+        expect_end("no name", find_program, "no-such-judge 1", 1,
+                   "there is no program \"no-such-judge\" in PATH");
+        expect_end("a folder", find_program, "/tmp", 1, "/tmp is no program that may be run");
+        expect_end("a quote", find_program, "sh 'x", 1, "a quote ' is not closed");
+        expect_end("blanks", find_program, "  ", 1, "found only blanks");
+    }
+    chmod(path, 0755);
+    struct RewardProgram *program = program_new(&test_arena, path, 1);
+    expect_text("the whole command", text_of(program->words[0]), path);
+    expect_true("no second word", !program->words[1]);
+    program = program_new(&test_arena, "sh -c 'echo 1'", 1);
+    expect_true("in PATH", program->words[0][0] == '/' && strstr(program->words[0], "/sh"));
+    expect_text("its last word", text_of(program->words[2]), "echo 1");
+}
+#endif
+
+/* By hand: words, quotes, backslashes. */
+static void test_command_words(void) {
+    static const char *const cases[][6] = {
+        {"py 'a b' c\\ d \"\"", "py", "a b", "c d", ""},
+        {" a\t b\n", "a", "b"},
+        {"a'b c'\"d e\"f", "ab cd ef"},
+        {"'\\' \"\\\"\" \\' x\\", "\\", "\"", "'", "x\\"},
+        {"$HOME *;|& >x", "$HOME", "*;|&", ">x"},
+        {"\xc3\xa4 '\xf0\x9f\x98\x80'", "\xc3\xa4", "\xf0\x9f\x98\x80"},
+    };
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        char **words = command_words(&test_arena, cases[i][0]);
+        size_t n = 0;
+        for (; words[n] && n < 5 && cases[i][n + 1]; n++)
+            expect_text(cases[i][0], text_of(words[n]), cases[i][n + 1]);
+        expect_true("as many words", !words[n] && (n == 5 || !cases[i][n + 1]));
+    }
+}
+
+/* A line that a program wrote: a number as JSON has it, or null. */
+static void test_reward_line(void) {
+    float number;
+    expect_true("a number", !reward_line(&test_arena, text_of(" -1.5e2\r"), &number));
+    expect_close("its value", number, -150, 0);
+    expect_true("null", !reward_line(&test_arena, text_of("null"), &number) && isnan(number));
+    static const char *const wrong[][2] = {
+        {"", "an empty line"},
+        {" \t", "an empty line"},
+        {"1 2", "no JSON"},
+        {"+1", "no JSON"},
+        {"0x10", "no JSON"},
+        {"true", "other JSON"},
+        {"-4e38", "a number beyond 3.4e38"},
+        {"1e999", "no JSON"},
+    };
+    for (size_t i = 0; i < COUNT(wrong); i++) {
+        const char *fault = reward_line(&test_arena, text_of(wrong[i][0]), &number);
+        expect_text(wrong[i][0], text_of(fault ? fault : "nothing"), wrong[i][1]);
     }
 }
 
@@ -6420,6 +6619,31 @@ static void test_exact_best_of_n(void) {
     expect_true("below the bound", exact_figures(&w, logps).kl < best_of_n_kl(3));
 }
 
+/* By hand: answers of two tokens out of two, one of which is rewarded; then answers of one token,
+ * where GRPO's limit is the optimum itself. */
+static void test_exact_grpo_limit(void) {
+    double ref[] = {log(0.25), log(0.25), log(0.25), log(0.25)};
+    double r[] = {0, 2, 0, 0};
+    double optimum[4];
+    double limit[4];
+    struct ExactWorld w = {.V = 2, .T = 2, .n = 4, .r = r, .beta = 1, .logps = {ref, optimum}};
+    struct Arena arena = {0};
+    exact_grpo_limit(&w, &arena, limit);
+    expect_close("first token", exp(limit[0]) + exp(limit[1]), 0.8534, 1e-4);
+    expect_close("second after 0", exp(limit[1]) / (exp(limit[0]) + exp(limit[1])), 0.8808, 1e-4);
+    expect_close("second after 1", exp(limit[2]) / (exp(limit[2]) + exp(limit[3])), 0.5, 1e-12);
+    exact_optimum(ref, r, 4, 1, optimum);
+    expect_close("the optimum's first token", exp(optimum[0]) + exp(optimum[1]), 0.8075, 1e-4);
+
+    double skewed[] = {log(0.1), log(0.2), log(0.3), log(0.4)};
+    w = (struct ExactWorld){.V = 4, .T = 1, .n = 4, .r = r, .beta = 0.7, .logps = {skewed}};
+    exact_grpo_limit(&w, &arena, limit);
+    exact_optimum(skewed, r, 4, 0.7, optimum);
+    for (int i = 0; i < 4; i++)
+        expect_close("one token: the optimum", limit[i], optimum[i], 1e-12);
+    arena_free(&arena);
+}
+
 /* By hand; two prompts of four answers each. */
 static void test_best_of_n(void) {
     float reward[] = {1, 3, 2, 0, 5, 5, -1, 4};
@@ -6427,6 +6651,29 @@ static void test_best_of_n(void) {
     expect_close("of 2", best_of_n(reward, 4, 2), 2.5, 0);
     expect_close("of 4", best_of_n(reward, 4, 4), 3, 0);
     expect_close("two prompts", best_of_n(reward, 8, 4), 4, 0);
+    expect_close("one has none", best_of_n((float[]){NAN, 3, 1, NAN, NAN, NAN}, 6, 2), 2, 0);
+}
+
+/* By hand, and against all choices of n of seven rewards. */
+static void test_best_of_n_expected(void) {
+    float reward[] = {-3, -1, -1, 0, 2, 2.5f, 7};
+    expect_close("2 of 3", best_of_n_expected((float[]){0, 1, 4}, 3, 2), 3, 1e-12);
+    expect_close("1 of 1", best_of_n_expected(reward, 1, 1), -3, 0);
+    for (size_t n = 1; n <= 7; n++) {
+        double sum = 0;
+        double choices = 0;
+        for (unsigned set = 0; set < 1 << 7; set++) {
+            float best = -FLT_MAX;
+            size_t size = 0;
+            for (size_t i = 0; i < 7; i++) {
+                best = set >> i & 1 ? MAX(best, reward[i]) : best;
+                size += set >> i & 1;
+            }
+            sum += size == n ? best : 0;
+            choices += size == n;
+        }
+        expect_close("all choices", best_of_n_expected(reward, 7, n), sum / choices, 1e-12);
+    }
 }
 
 /* By hand. */
@@ -6520,6 +6767,10 @@ static void test_exact_run(void) {
             / (json_get(json, "objective_max")->number - json_get(json, "objective_ref")->number);
         expect_true(methods[k], json_get(m, "kl_to_optimum") && share > 0.98 && share < 1 + 1e-6);
     }
+    double to_limit = json_get(json, "grpo_kl_to_limit")->number;
+    expect_close("GRPO: near its limit", to_limit, 0, 0.01);
+    double best_of_2 = json_get(json_get(json, "best_of_2"), "kl")->number;
+    expect_true("best of 2: its KL", best_of_2 > 0.05 && best_of_2 < best_of_n_kl(2));
 }
 
 /* =============================================================================================
@@ -6539,6 +6790,37 @@ static void test_evaluation(void) {
     expect_close("far ones only", pair_accuracy((float[]){2, 3, 1}, (double[]){3, 2, 1}, 3, 2), 1,
                  0);
     expect_true("no pair that far", isnan(pair_accuracy((float[]){1, 2}, (double[]){1, 2}, 2, 5)));
+}
+
+/* Prompts and answers of the course end where a word does; by hand, in tokens. */
+static void test_whole_words(void) {
+    /* The| f|il|ms| are| dis|p|ir|ited, the end token of 1025 ids last */
+    int ids[] = {464, 277, 346, 907, 389, 595, 79, 343, 863, 1024};
+    static const struct {
+        size_t n, prompt_length, length;
+        const char *what;
+    } cases[] = {
+        {7, 1, 4, " f|il|ms| are, without | dis|p"},
+        {10, 1, 9, "ended by itself"},
+        {4, 1, 3, "a single word"},
+        {5, 4, 1, "a single word of one token"},
+    };
+    struct GPT2Config policy = {.vocab_size = 1025, .eos_token_id = 1024};
+    struct Course course = {.tok = tokenizer, .vocab_size = 1025};
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        struct Example e = {ids, cases[i].n, cases[i].prompt_length};
+        whole_words(tokenizer, &policy, &e);
+        expect_count(cases[i].what, e.n - e.prompt_length, cases[i].length);
+    }
+    struct Example sentence = {(int[]){464, 389, 277, 346, 907, 13}, 6, 1};
+    whole_words(tokenizer, &policy, &sentence);
+    expect_count("| are| f|il|ms|.", sentence.n, 6);
+    struct Example text = {ids, COUNT(ids), 0};
+    expect_count("after | f: up to | are", prompt_end(&course, &text, 2), 4);
+    expect_count("after |ms: there", prompt_end(&course, &text, 4), 4);
+    expect_count("after | dis: back to it", prompt_end(&course, &text, 6), 5);
+    struct Example one_word = {(int[]){464, 79, 343, 863, 79, 343, 863, 79, 343, 1024}, 10, 0};
+    expect_count("no space at all", prompt_end(&course, &one_word, 2), 2);
 }
 
 /* The KL of a whole answer, and at each position, against transformers. */
@@ -9403,7 +9685,7 @@ static void test_cli_errors(void) {
         {2, "--output_dir \"\" is empty", "sft --output_dir="},
         {2, "--output_dir is needed", "sft --model_name_or_path nowhere --dataset_name nowhere"},
         {2, "--dataset_name is needed", "dpo --model_name_or_path nowhere"},
-        {2, "--reward_model_path is needed",
+        {2, "--reward_model_path, or --reward_command, is needed",
          "ppo --model_name_or_path nowhere --dataset_name nowhere"},
         {2, "--output_dir is needed", "ppo --model_name_or_path nowhere --rollouts nowhere"},
         {2, "--output_dir is needed",
@@ -9613,6 +9895,26 @@ static void test_cli_help(void) {
         if (COMMANDS[i].run == command_generate)
             expect_holds("generate's top_k", help,
                          "--top_k                        [50] a whole number, 0 to 2^40: ");
+    }
+}
+
+/* A row's other fields, byte by byte as its line has them, for a reward program. */
+static void test_data_others(void) {
+    static const char *const cases[][2] = {
+        {"{'prompt': '3 + 4 =', 'answer': 7.0}", ", 'answer': 7.0"},
+        {" { 'id':12345678901234567890 ,'prompt':'a','t':[1.50,{'a':'\\u00e9'}], 'completion':'b' "
+         "}",
+         ", 'id':12345678901234567890, 't':[1.50,{'a':'\\u00e9'}]"},
+        {"{'prompt': 'x'}", ""},
+        {"\xef\xbb\xbf{'text': 'x, y'}", ", 'text': 'x, y'"},
+    };
+    for (size_t i = 0; i < COUNT(cases); i++) {
+        const char *line = formatted("%s", cases[i][0]);
+        struct Dataset *data = dataset_of(line, WHOLE_SHAPES, COUNT(WHOLE_SHAPES));
+        char *want = arena_printf(&test_arena, "%s", cases[i][1]);
+        for (char *c = want; *c; c++)
+            *c = *c == '\'' ? '"' : *c;
+        expect_text(cases[i][0], data->rows[0].others, want);
     }
 }
 
@@ -10614,15 +10916,27 @@ static const struct {
     {"dpo_overfit", test_dpo_overfit},
     {"data_end_token", test_data_end_token},
     {"answer_end", test_answer_end},
+    {"weighted_score", test_weighted_score},
+    {"score_missing", test_score_missing},
+    {"command_words", test_command_words},
+    {"reward_line", test_reward_line},
+#ifndef _WIN32
+    {"program_judge", test_program_judge},
+    {"program_judge_errors", test_program_judge_errors},
+    {"program_find", test_program_find},
+#endif
     {"collect_identical", test_collect_identical},
     {"exact_figures", test_exact_figures},
     {"exact_best_of_n", test_exact_best_of_n},
+    {"exact_grpo_limit", test_exact_grpo_limit},
     {"exact_dpo_loss", test_exact_dpo_loss},
     {"exact_dpo_loss_slopes", test_exact_dpo_loss_slopes},
     {"exact_dpo_gradient", test_exact_dpo_gradient},
     {"exact_run", test_exact_run},
     {"best_of_n", test_best_of_n},
+    {"best_of_n_expected", test_best_of_n_expected},
     {"evaluation", test_evaluation},
+    {"whole_words", test_whole_words},
     {"evaluation_kl", test_evaluation_kl},
     {"explain_example", test_explain_example},
     {"explain_again", test_explain_again},
@@ -10650,6 +10964,7 @@ static const struct {
     {"data_shapes", test_data_shapes},
     {"data_unused_fields", test_data_unused_fields},
     {"data_folder", test_data_folder},
+    {"data_others", test_data_others},
     {"data_splits", test_data_splits},
     {"data_splits_said", test_data_splits_said},
     {"data_splits_links", test_data_splits_links},

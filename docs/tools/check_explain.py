@@ -206,6 +206,39 @@ def of_ppo(e):
     return dict(answers=each, policy_loss=policy, value_loss=value, loss=loss)
 
 
+def grpo_token(e, old, new, ref, advantage):
+    """Ratio, is it clipped, k3, loss, d loss / d new."""
+    ratio, d = math.exp(new - old), ref - new
+    plain = -advantage * ratio
+    cut = -advantage * clip(ratio, 1 - e["epsilon"], 1 + e["epsilon_high"])
+    weight = ratio if e["use_bias_correction_kl"] else 1
+    kl = weight * (math.expm1(d) - d)
+    slope = 0 if cut > plain else plain
+    slope += e["beta"] * (weight * -math.expm1(d) + (kl if e["use_bias_correction_kl"] else 0))
+    return ratio, cut > plain, kl, max(plain, cut) + e["beta"] * kl, slope
+
+
+def of_grpo(e, A=None):
+    """A: the advantages, where only the loss is wanted."""
+    scores, n = [a["score"] for a in e["answers"]], len(e["answers"])
+    m = mean(scores)
+    std = math.sqrt(sum((x - m) ** 2 for x in scores) / (n - 1))
+    divisor = 1 if e["scale_rewards"] == "none" else std + 1e-4
+    A = A or [(x - m) / divisor for x in scores]
+    total, each, loss = sum(len(a["logprobs"]) for a in e["answers"]), [], 0
+    for a, advantage in zip(e["answers"], A):
+        share = dict(
+            grpo=1 / (n * len(a["logprobs"])), dr_grpo=1 / (n * e["max_completion_length"])
+        ).get(e["loss_type"], 1 / total)
+        tokens = zip(a["logprobs"], a["new_logprobs"], a["ref_logprobs"])
+        columns = list(zip(*(grpo_token(e, *token, advantage) for token in tokens)))
+        loss += share * sum(columns[3])
+        names = ("ratios", "clipped", "kl", "token_losses")
+        each.append(dict(zip(names, map(list, columns)), advantage=advantage))
+        each[-1]["dlogprobs"] = [share * slope for slope in columns[4]]
+    return dict(answers=each, loss=loss)
+
+
 def of_dpo(e):
     sides = ("chosen", "ref_chosen", "rejected", "ref_rejected")
     r = {side + "_logp": sum(e[side + "_logprobs"]) for side in sides}
@@ -251,6 +284,11 @@ OF_SAMPLING = "logits ids repetition_penalty temperature top_k top_p u"
 OF_REWARD = "chosen rejected margin center_rewards_coefficient"
 OF_REINFORCE = "score logps ref_logps"
 OF_PPO = "kl_coef gamma lam cliprange cliprange_value vf_coef answers"
+OF_GRPO = (
+    "beta epsilon epsilon_high use_bias_correction_kl loss_type scale_rewards"
+    " max_completion_length answers"
+)
+OF_GROUP = "score logprobs ref_logprobs new_logprobs"
 OF_DPO = (
     "beta label_smoothing chosen_logprobs ref_chosen_logprobs rejected_logprobs"
     " ref_rejected_logprobs"
@@ -259,6 +297,8 @@ OF_EXACT = "beta ref_probabilities rewards"
 LOGITS, BOTH = [2.0, 1.0, 1.5, 0.5], [CHOSEN, REJECTED]
 REWARDS = [[0.026, -0.1, 0.0, 0.9], [-0.014, -0.02, 0.02, -0.6]]
 SUMMED = [fields(OF_REINFORCE, a["score"], a["logprobs"], a["ref_logprobs"]) for a in BOTH]
+GROUP = [{name: a[name] for name in OF_GROUP.split()} for a in BOTH]
+GROUP.append(fields(OF_GROUP, 0.5, [-1.3, -0.9], [-1.2, -1.0], [-1.24, -0.93]))
 BUILT_IN = dict(
     softmax=dict(logits=LOGITS, temperature=1.0),
     sampling=fields(OF_SAMPLING, LOGITS, [2], 1.2, 0.7, 3, 0.9, 0.6),
@@ -271,6 +311,7 @@ BUILT_IN = dict(
         answers=[dict(rewards=r, values=a["values"]) for r, a in zip(REWARDS, BOTH)],
     ),
     ppo=fields(OF_PPO, 0.2, 1.0, 0.95, 0.2, 0.2, 0.1, BOTH),
+    grpo=fields(OF_GRPO, 0.04, 0.2, 0.2, 0, "dapo", "group", 8, GROUP),
     dpo=fields(OF_DPO, 0.1, 0.0, *(a[k] for a in BOTH for k in ("logprobs", "ref_logprobs"))),
     exact=fields(OF_EXACT, 0.5, [0.2, 0.3, 0.5], [1.0, -0.6, 0.0]),
 )
@@ -372,6 +413,17 @@ def random_ppo(i):
     return fields(OF_PPO, uniform(0, 0.6), e["gamma"], e["lam"], *clips, uniform(0, 1), answers)
 
 
+def random_grpo(i):
+    answers = []
+    for n in lengths(i) + lengths(i + 1)[:1]:
+        old, ref = two_logprobs(n, 0.8)
+        new = near(old, 0.6, -1e-3) if i % 7 else list(old)
+        answers.append(fields(OF_GROUP, uniform(-2, 2), old, ref, new))
+    words = ("grpo", "bnpo", "dr_grpo", "dapo")[i % 4], ("group", "batch", "none")[i % 3]
+    numbers_of = uniform(0, 0.3) * (i % 5 != 1), uniform(0.05, 0.4), uniform(0.05, 0.4), i // 4 % 2
+    return fields(OF_GRPO, *numbers_of, *words, rng.randint(4, 30), answers)
+
+
 def random_dpo(i):
     chosen, rejected = (two_logprobs(n, 1) for n in lengths(i)[:2])
     return fields(OF_DPO, uniform(0.01, 1), uniform(0.01, 0.45) * (i % 2), *chosen, *rejected)
@@ -416,7 +468,7 @@ def is_number(x):
 def tolerances(topic, e):
     """{path: how far a number may be off}, and does a clip, cut or draw turn around so near by?"""
     want = dict(leaves(expected(topic, e)))
-    others = [dict(leaves(expected(topic, disturbed(e, k)))) for k in range(4)]
+    others = [dict(leaves(expected(topic, disturbed(e, k)))) for k in range(12)]
     at_edge = any(other.keys() != want.keys() for other in others)
     largest = max(abs(x) for k in ("logits", "p_logits", "q_logits") for x in e.get(k, []) + [0])
     allowed = {}
@@ -577,6 +629,12 @@ def against_differences(topic, e):
                 for t, slope in enumerate(was["d" + name]):
                     x, loss = a["new_" + name], lambda: of_ppo(e)["loss"]
                     yield from wrong("d%s %d" % (name, t), slope, loss, x, t)
+    if topic == "grpo":
+        A = [a["advantage"] for a in r["answers"]]
+        for a, was in zip(e["answers"], r["answers"]):
+            for t, slope in enumerate(was["dlogprobs"]):
+                loss = lambda: of_grpo(e, A)["loss"]  # noqa: E731
+                yield from wrong("dlogprob %d" % t, slope, loss, a["new_logprobs"], t)
     if topic == "exact":
         x = [math.log(p) for p in r["optimum"]]
         for i in range(len(x)):
@@ -672,6 +730,15 @@ BROKEN = dict(
     ),
     gae=((dict(gamma=[1]), "gamma"), (dict(answers=[dict(rewards=[], values=[])]), "rewards")),
     ppo=((dict(answers=[]), "answers"), (dict(answers=[1, 2]), "answers")),
+    grpo=(
+        (dict(answers=[]), "answers"),
+        (dict(answers=[dict(score=1)]), "answers"),
+        (dict(loss_type="ppo"), "loss_type"),
+        (dict(scale_rewards=1), "scale_rewards"),
+        (dict(epsilon=-0.1), "epsilon"),
+        (dict(max_completion_length=0), "max_completion_length"),
+        (dict(use_bias_correction_kl=2), "use_bias_correction_kl"),
+    ),
     dpo=((dict(chosen_logprobs=[], ref_chosen_logprobs=[]), "chosen_logprobs"),),
     exact=((dict(beta=0), "beta"), (dict(ref_probabilities=[0.5, -0.5, 1]), "ref_probabilities")),
 )

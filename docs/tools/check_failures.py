@@ -21,6 +21,7 @@ import struct
 import subprocess
 import sys
 import tempfile
+import time
 
 ROOT = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 arguments = argparse.ArgumentParser()
@@ -1440,6 +1441,153 @@ if can_mount and wanted("output_dir read-only"):
         case(what, commands, 1, "disk: cannot be written to: Read-only file system")
     finally:
         umount()
+# ---- a program that judges
+
+bare = " --model_name_or_path m --dataset_name prompts.jsonl"
+judges = [c + bare + o + "--quiet --max_new_tokens 4 " for c, o in (
+    ("eval", " "),
+    ("generate", " --do_sample --best_of 2 "),
+    ("collect", " --output_dir out "))]
+judges += [c + bare + once for c in ("ppo --mini_batch_size 2", "reinforce")] + [rlhf]
+
+
+def judge(name, script):
+    """A program of the shell; returns the flag that names it."""
+    os.makedirs("jury", exist_ok=True)
+    write("jury/" + name, "#!/bin/sh\n" + script + "\n")
+    os.chmod("jury/" + name, 0o755)
+    return '--reward_command "jury/%s" ' % name
+
+
+good_judge = judge("good", "while read -r line; do echo ${#line}; done")
+case("A program that judges", [c + good_judge for c in judges], 0)
+case("A program that judges and gives no score",
+     [c + judge("null", "while read -r line; do echo null; done") for c in judges[:-1]], 0)
+case("A program that gives every answer the same score in rlhf",
+     [rlhf + judge("same", "while read -r line; do echo %s; done" % x) for x in ("null", "7")], 1,
+     "no two of the language model's answers to a prompt could be told apart",
+     "--reward_command must give one of them a higher number")
+judge("Ana's $(good) \u00e4 judge", "while read -r line; do echo $1 1; done")
+for what, command in (
+    ("a path with blanks, quotes and umlauts", "\"jury/Ana's $(good) \u00e4 judge\""),
+    ("the same, quoted, with words", """ '"jury/Ana'"'"'s $(good) \u00e4 judge" -' """),
+):
+    words = ("line 1 (of 3 answers) is no JSON: \"- 1\"",) if "words" in what else ()
+    case("A program with " + what, judges[0] + "--reward_command " + command, bool(words), *words)
+case("A program that exits with an error", [c + judge("exit", "echo why >&2; exit 3")
+                                            for c in judges], 1,
+     "--reward_command jury/exit: ended with exit status 3, 0 was expected; what it said is above")
+for what, script, *words in (
+    ("writes too few lines", "echo 1; echo 2",
+     "wrote 2 lines for 3 answers; a number or null was expected for each"),
+    ("writes nothing", "cat > /dev/null", "wrote 0 lines for 3 answers"),
+    ("writes too many lines", "yes 1", "wrote more than 3 lines for 3 answers, and was ended"),
+    ("writes a word", "echo 1; echo good; echo 1",
+     'line 2 (of 3 answers) is no JSON: "good"; a number or null was expected'),
+    ("writes a string", "echo 1; echo 1; echo '\"1\"'", 'line 3 (of 3 answers) is other JSON: "'),
+    ("writes a list", "echo '[1, 2, 3]'; echo; echo", 'line 1 (of 3 answers) is other JSON: "[1'),
+    ("writes NaN", "echo NaN; echo 1; echo 1", 'line 1 (of 3 answers) is no JSON: "NaN"'),
+    ("writes infinity", "echo inf; echo 1; echo 1", 'line 1 (of 3 answers) is no JSON: "inf"'),
+    ("writes a huge number", "echo 1e39; echo 1; echo 1", "is a number beyond 3.4e38"),
+    ("writes a decimal comma", "echo 0,5; echo 1; echo 1", "is no JSON: \"0,5\""),
+    ("writes an empty line", "echo; echo 1; echo 1", "line 1 (of 3 answers) is an empty line"),
+    ("writes control characters", "printf '\\033[2J\\n1\\n1\\n'", 'is no JSON: "?[2J"'),
+    ("writes a long line", "head -c 5000 /dev/zero | tr '\\0' x; echo; echo 1; echo 1",
+     'is no JSON: "' + 60 * "x" + '..."'),
+    ("writes an endless line", "cat /dev/zero", "line 1 has no end within 65536 bytes"),
+    ("is ended by a signal", "kill -9 $$", "was ended by signal 9 (Killed)"),
+    ("never ends", "sleep 1000", "was still running after 0.5 seconds, and was ended",
+     "give it more (--reward_timeout) or smaller batches"),
+    ("never ends, nor do its children", "sleep 1000 & sleep 1000", "after 0.5 seconds"),
+    ("closes its output and never ends", "exec 1>&-; sleep 1000", "after 0.5 seconds"),
+    ("reads for ever", "cat > /dev/null; cat /dev/zero > /dev/null", "after 0.5 seconds"),
+):
+    case("A program that " + what, judges[0] + "--reward_timeout 0.5 " + judge("wrong", script), 1,
+         "--reward_command jury/wrong: ", *words)
+write("jury/plain.py", "print(1)")
+os.makedirs("jury/folder", exist_ok=True)
+write("jury/nonsense", "no program\n")
+os.chmod("jury/nonsense", 0o755)
+case("A program that is not there", [c + "--reward_command jury/nowhere" for c in judges], 1,
+     "--reward_command: jury/nowhere: No such file or directory")
+case("A program that is not in PATH", judges[0] + "--reward_command 'no-such-judge 1'", 1,
+     '--reward_command: there is no program "no-such-judge" in PATH')
+case("A program without permission", [judges[0] + "--reward_command jury/plain.py",
+                                      judges[0] + "--reward_command jury/folder"], 1,
+     "is no program that may be run; chmod +x it, or name what runs it")
+case("A program of no known format", judges[0] + "--reward_command jury/nonsense", 1,
+     "--reward_command jury/nonsense: cannot be run: Exec format error")
+case("A command line with an open quote", judges[0] + """--reward_command "python3 'x.py" """, 1,
+     "--reward_command: a quote ' is not closed")
+case("Weights of two judges that are none",
+     [judges[0] + good_judge + "--reward_model_path rm --reward_weights " + w
+      for w in ("1", "1 2 3", "1 x", "nan 1")], 2,
+     "two numbers were expected, the reward model's weight and the program's")
+case("Weights and one judge", judges[0] + good_judge + "--reward_weights 1 2", 0,
+     "note: --reward_weights: no effect: there is only one judge")
+case("Two judges", [judges[0] + good_judge + "--reward_model_path rm --reward_weights 1 0.5",
+                    rlhf + good_judge + "--reward_weights 1 -2"], 0)
+case("A time for a program, and no program", judges[0] + "--reward_model_path rm "
+     "--reward_timeout 5", 0, "note: --reward_timeout: no effect: there is no --reward_command")
+case("The best of several without a judge", generate + "--do_sample --best_of 4", 2,
+     "--best_of: which is the best? --reward_model_path, or --reward_command, is needed")
+case("The best of several that are the same", generate + "--best_of 4 --reward_model_path rm", 1,
+     "--best_of 4: without --do_sample all of them would be the same")
+case("The best of several beams",
+     [generate + "--best_of 4 --do_sample --reward_model_path rm " + f
+      for f in ("--num_beams 2", "--num_return_sequences 2")], 1,
+     "it keeps one of several samples; leave out --num_beams and --num_return_sequences")
+case("A judge without --best_of", generate + "--reward_model_path rm", 0,
+     "note: --reward_model_path: no effect: without --best_of nothing is judged")
+case("Numbers of answers that are none", [judged + "--best_of " + n for n in ("0", "x", "1,5000")],
+     2, "up to 16 whole numbers from 1 to 4096 were expected")
+
+
+def is_running(pid):
+    """Not ended: an ended process stays in the list until its parent, by now init, takes notice."""
+    try:
+        return read("/proc/%d/stat" % pid).rsplit(b")", 1)[1].split()[0] != b"Z"
+    except FileNotFoundError:
+        return False
+
+
+def one_signal(command, number, times):
+    """Ends a command while its program judges; returns what is left of the program."""
+    shutil.rmtree("out", ignore_errors=True)
+    script = "echo $$ > jury/pid; sleep 1.5 & echo $! >> jury/pid; cat > /dev/null; wait; yes 1"
+    if os.path.exists("jury/pid"):
+        os.remove("jury/pid")
+    words = [program] + shlex.split(command + judge("slow", script + " | head -n 4"))
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, env=environment,
+                               stdout=subprocess.DEVNULL)
+    end = time.time() + 30
+    while not (os.path.exists("jury/pid") and len(read("jury/pid").split()) == 2):
+        if time.time() > end:
+            return "the program was not started"
+        time.sleep(0.01)
+    for _ in range(times):
+        process.send_signal(number)
+        time.sleep(0.1)
+    said = process.communicate(timeout=30)[1].decode("utf-8", "replace")
+    time.sleep(0.1)
+    left = [pid for pid in read("jury/pid").split() if is_running(int(pid))]
+    if left:
+        return "still there: %s" % left
+    return process.returncode, said
+
+
+if wanted("Ctrl-C while a program judges"):
+    run = judges[3].replace("--max_steps 1", "--max_steps 3") + "--save_steps 0 "
+    for what, command, number, times, status in (
+        ("eval", judges[0], signal.SIGINT, 1, -signal.SIGINT),
+        ("ppo, twice", run, signal.SIGINT, 2, -signal.SIGINT),
+        ("ppo, SIGHUP", run, signal.SIGHUP, 1, -signal.SIGHUP),
+        ("ppo, once", run, signal.SIGINT, 1, 1),
+    ):
+        came = one_signal(command, number, times)
+        right = came[0] == status and ("interrupted after step 1 of 3" in came[1] or status != 1)
+        result("Ctrl-C while a program judges: " + what, outcome(right, str(came)))
+
 os.makedirs("locked", 0o555)
 os.chmod("locked", 0o555)
 if wanted("output_dir of somebody else"):
