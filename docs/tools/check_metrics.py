@@ -23,7 +23,7 @@ ALIGN = os.path.join(ROOT, "align")
 BENCH = os.path.join(ROOT, "align_bench")
 if not os.path.exists(ALIGN):
     sys.exit("%s: is not there; run make first" % ALIGN)
-COMMANDS = ("pretrain", "sft", "reward", "dpo", "reinforce", "ppo", "rlhf", "eval", "bench")
+COMMANDS = ("pretrain", "sft", "reward", "dpo", "reinforce", "grpo", "ppo", "rlhf", "eval", "bench")
 TINY = "--vocab_size 300 --n_layer 1 --n_head 2 --n_embd 16"
 FEW = "--max_steps 2 --logging_steps 1 --quiet"
 ROLL = "--model_name_or_path pretrain --dataset_name prompts --reward_model_path reward"
@@ -109,6 +109,8 @@ def written(work):
         files = "--dataset_name %s --eval_dataset %s --output_dir %s" % (data, data, folder)
         run(work, "%s %s %s %s" % (command, more, files, FEW))
     run(work, "reinforce %s --num_generations 2 --output_dir reinforce" % ROLL)
+    grpo = ROLL.replace("--batch_size", "--per_device_train_batch_size")
+    run(work, "grpo %s --num_generations 2 --beta 0.1 --output_dir grpo" % grpo)
     run(work, "ppo %s --mini_batch_size 2 --output_dir ppo" % ROLL)
     steps = "--pretrain_steps 4 --reward_steps 2 --ppo_steps 1 --dpo_steps 2"
     run(work, "rlhf --model_name_or_path pretrain --dataset_name rated --output_dir rlhf " + steps)
@@ -119,11 +121,12 @@ def written(work):
         "rlhf/dpo": "dpo",
         "labels": "reward",
     }
-    for folder in [*folders, "pretrain", "sft", "reward", "dpo", "reinforce", "ppo"]:
+    for folder in [*folders, "pretrain", "sft", "reward", "dpo", "reinforce", "grpo", "ppo"]:
         state = json.loads("".join(read_lines(work, folder, "trainer_state.json")))
         keys[folders.get(folder, folder)] |= keys_of(state["log_history"])
-    for line in read_lines(work, "ppo", "stats_all.jsonl"):
-        keys["ppo"] |= keys_of(json.loads(line))
+    for name in ("ppo", "grpo"):
+        for line in read_lines(work, name, "stats_all.jsonl"):
+            keys[name] |= keys_of(json.loads(line))
     keys["rlhf"] = keys_of(json.loads("".join(read_lines(work, "rlhf", "summary.json"))))
     for model_and_data in (
         "pretrain --dataset_name text",

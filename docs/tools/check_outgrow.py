@@ -35,9 +35,9 @@ TRL_ONLY = {"--output_dir", "--eval_strategy", "--per_device_eval_batch_size"}
 TRL_ONLY |= {"--use_cpu", "--bf16", "--rollouts"}
 
 # GRPO: settings that change what is computed, each beside TRL's trainer on stored answers. `far`
-# has prompts of unequal lengths, and is an adapter to go on with. The sums run in another order, and
-# AdamW divides by the root of tiny second moments: a larger --adam_epsilon keeps a weight with next
-# to no gradient from feeling the last digit.
+# has prompts of unequal lengths, and is an adapter to go on with. The sums run in another order,
+# and AdamW divides by the root of tiny second moments: a larger --adam_epsilon keeps a weight with
+# next to no gradient from feeling the last digit.
 GRPO = "--model_name_or_path out/language_model --per_device_train_batch_size 8 --num_generations 4"
 GRPO += " --max_completion_length 16 --learning_rate 1e-3 --adam_epsilon 1e-5"
 GRPO_FAR = "./align grpo --reward_model_path out/reward_model --dataset_name out/texts/train.jsonl"
@@ -69,10 +69,10 @@ for words in json.load(open("together.json")):
     except Exception:
         traceback.print_exc()
 """
-RELATIVE = 1e-5  # of what GRPO logs; of numbers below 0.01, of 0.01
+RELATIVE = 1e-5  # of what GRPO logs; of numbers below 0.1, of 0.1
 NORM = 1e-4  # of grad_norm: torch adds the squares of a matrix in float32
 NATS = 2e-5  # of a log-probability, after the training
-NOT_ALIGN = {"step_time", "rewards/judge/mean", "rewards/judge/std"}
+NOT_ALIGN = {"step_time", "rewards/judge/mean", "rewards/judge/std", "total_flos"}
 passed = failed = 0
 
 
@@ -237,10 +237,11 @@ def same_log(name, ours, theirs, leave_out=()):
     ours, theirs = history(ours), history(theirs)
     worst = {}
     for step, entry in theirs.items():
-        # the last entry is about the whole run
-        for key in entry.keys() - NOT_ALIGN - set(leave_out) if "learning_rate" in entry else ():
+        for key in entry.keys() - NOT_ALIGN - set(leave_out):
+            if key.startswith("train_"):
+                continue  # of the run as a whole
             a, b = ours.get(step, {}).get(key), entry[key]
-            difference = math.inf if a is None or b is None else abs(a - b) / max(abs(b), 0.01)
+            difference = math.inf if a is None or b is None else abs(a - b) / max(abs(b), 0.1)
             worst[key] = max(worst.get(key, 0), difference)
     kinds = {"loss": 0, "kl": 0, "entropy": 0, "clip_ratio/": 0, "reward": 0, "completions/": 0}
     for key, difference in worst.items():
@@ -260,9 +261,10 @@ def same_grpo(runs):
     folders = {
         name: [flags(line)["--output_dir"][0] for line in lines] for name, lines in runs.items()
     }
-    folders["as below"] = ["out/align_grpo", "out/trl_grpo"]
+    folders["docs/outgrow.md"] = ["out/align_grpo", "out/trl_grpo"]
     for name, (ours, theirs) in folders.items():
-        same_log(name, ours, theirs)
+        # one that sampled counts its epochs in prompts that the other has not seen
+        same_log(name, ours, theirs, {"epoch"} if ours == "out/align_grpo" else ())
     for name, (ours, theirs) in folders.items():
         same_logprobs(name, ours, theirs)
 
@@ -281,8 +283,8 @@ def same_reinforce():
     far = max(abs(a[s]["kl"] - b[s]["kl"] * b[s]["completions/mean_length"]) for s in steps)
     check(far < LIMIT, "reinforce: kl is TRL's times the mean length, but for %.1e nats" % far)
     zero = max(abs(b[s]["loss"]) for s in steps)
-    check(zero < 1e-6 and any(abs(a[s]["loss"]) > 0.01 for s in steps),
-          "reinforce: TRL's loss is 0 where every ratio is 1 (%.1e)" % zero)  # fmt: skip
+    moves = any(abs(a[s]["loss"]) > 0.01 for s in steps)
+    check(moves and zero < 1e-6, "reinforce: TRL's loss is 0 (%.1e): every ratio is 1" % zero)
 
 
 def the_way_back(command):
