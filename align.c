@@ -8792,6 +8792,12 @@ static struct Rollout replay_rollout(const struct Dataset *data, size_t index,
     };
 }
 
+/* Do two answers answer the same prompt? */
+static bool same_prompt(const struct Example *a, const struct Example *b) {
+    return a->prompt_length == b->prompt_length
+           && memcmp(a->ids, b->ids, a->prompt_length * sizeof *a->ids) == 0;
+}
+
 /* The n stored rollouts of step number `step` (from 0), in file order; after the last one the first
  * follows again. With them another program, such as TRL, can repeat a step.
  *                                                                         test: ppo_replay */
@@ -8805,6 +8811,12 @@ static void replay_rollouts(const struct Dataset *data, size_t step,
         /* GRPO alone knows what to do with an answer that has no score */
         CHECK(trainer->algorithm == ALGORITHM_GRPO || !isnan(rollouts[i].score),
               "%s: rollout %zu has no \"score\"; a number was expected", data->path, index + 1);
+        const struct Example *first =
+            &rollouts[i / trainer->num_generations * trainer->num_generations].example;
+        CHECK(same_prompt(first, &rollouts[i].example),
+              "%s: rollout %zu answers another query than those before it; %zu in a row "
+              "(--num_generations) were expected to answer the same one",
+              data->path, index + 1, trainer->num_generations);
     }
 }
 
@@ -11663,7 +11675,7 @@ static struct Trainer course_trainer(struct Course *course, const char *name, st
     trainer.args.eval_steps = steps / 3 + 1;
     trainer.args.max_length = model->config.n_positions;
     /* Ten checkpoints a stage, of which the last one stays. A stage that was complete goes on from
-     * its own last one, too, with few steps left or none: so the course needs no state but theirs. */
+     * its own last one, too, with few steps left or none: the course needs no state but theirs. */
     if (course->resume_from_checkpoint) {
         trainer.args.output_dir = arena_printf(&course->arena, "%s/%s", course->output_dir, name);
         trainer.args.resume_from_checkpoint = course->resume_from_checkpoint;
@@ -21149,6 +21161,21 @@ static void choose_judges(struct Options *o, struct Course *course) {
         warn("%s is an earlier run's: --reward_command judges in this one", earlier);
 }
 
+/* Refuses settings of the course that cannot work, and notes which folders will be replaced. */
+static void course_check(struct Options *o, const struct Course *course) {
+    static const char untrained[] = "--reward_steps 0: an untrained reward model gives every text "
+                                    "the same reward; 1 or more steps are needed";
+    CHECK(o->reward_steps > 0 || course->only_program, "%s", untrained);
+    const char *from = course->resume_from_checkpoint;
+    CHECK(!from || strcmp(from, "true") == 0,
+          "--resume_from_checkpoint %s: the stages go on from the newest in their folders; rlhf "
+          "needs true",
+          from);
+    static const char *const results[] = {"language_model", "reward_model", "ppo", "dpo", "grpo"};
+    for (size_t i = 0; i < COUNT(results); i++)
+        note_replaced(o, arena_printf(&o->arena, "%s/%s", course->output_dir, results[i]));
+}
+
 static void command_rlhf(struct Options *o) {
     struct Tokenizer *tok = load_tokenizer(o);
     const char *path = o->dataset_name ? o->dataset_name
@@ -21191,16 +21218,7 @@ static void command_rlhf(struct Options *o) {
     }
 
     /* 2. Refuse now what would fail only after minutes of training. */
-    static const char untrained[] = "--reward_steps 0: an untrained reward model gives every text "
-                                    "the same reward; 1 or more steps are needed";
-    CHECK(o->reward_steps > 0 || course.only_program, "%s", untrained);
-    CHECK(!course.resume_from_checkpoint || strcmp(course.resume_from_checkpoint, "true") == 0,
-          "--resume_from_checkpoint %s: the stages go on from the newest in their folders; rlhf "
-          "needs true",
-          course.resume_from_checkpoint);
-    static const char *const results[] = {"language_model", "reward_model", "ppo", "dpo", "grpo"};
-    for (size_t i = 0; i < COUNT(results); i++)
-        note_replaced(o, arena_printf(&o->arena, "%s/%s", course.output_dir, results[i]));
+    course_check(o, &course);
     CHECK(model->config.n_positions >= 48, "%s: a context of %zu tokens; rlhf needs 48 or more",
           o->model_name_or_path, model->config.n_positions);
     course_run(&course, data, model, learning_rate);

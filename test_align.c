@@ -5487,7 +5487,10 @@ static void test_ppo_replay(void) {
     struct GPT2 *model = random_model(37, 14, 8, 1, 2);
     struct Dataset *data =
         dataset_load(&test_arena, temporary("rollouts.jsonl"), ROLLOUT_SHAPES, 1);
-    struct RolloutTrainer trainer = {.algorithm = ALGORITHM_PPO, .model = model, .batch_size = 5};
+    struct RolloutTrainer trainer = {.algorithm = ALGORITHM_PPO,
+                                     .model = model,
+                                     .batch_size = 5,
+                                     .num_generations = 1};
     replay_rollouts(data, 1, &trainer, &test_arena, back);
     for (size_t i = 0; i < 5; i++) {
         const struct Rollout *want = &rollouts[(5 + i) % 3];
