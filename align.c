@@ -1359,8 +1359,8 @@ static struct GRPOTokenLoss grpo_token_loss(const struct GRPOConfig *config, dou
         .loss = MAX(plain_loss, clipped_loss),
         .dlog_ratio = is_clipped ? 0 : plain_loss,
         .ratio = ratio,
-        /* A bad answer's tokens are only ever pushed down and leave the range below it, a good
-         * one's above it: the sign of A tells the side. */
+        /* The clip stops a bad answer's token on its way down, a good one's on its way up: the sign
+         * of A tells the side. */
         .is_low_clipped = is_clipped && advantage < 0,
         .is_high_clipped = is_clipped && advantage > 0,
     };
@@ -2242,6 +2242,7 @@ WIDE static float wide_max(const float *x, size_t n) {
     int32_t most = INT32_MIN;
     size_t i = 0;
     for (size_t j = 0; j < LANES; j++)
+        /* no key is smaller: the first number of each lane replaces it */
         lane[j] = INT32_MIN;
     for (; i + LANES <= n; i += LANES)
         for (size_t j = 0; j < LANES; j++) {
@@ -5192,6 +5193,7 @@ static struct LMHead lm_head_new(const struct GPT2 *model, struct Arena *arena,
         .row = row,
         .target = target,
         .temperature = temperature,
+        /* beyond the last row: no chunk has been computed yet */
         .logits_first = R,
         .acts = *acts,
         .hidden = arena_floats(arena, R * C),
@@ -5498,6 +5500,7 @@ static void scalar_head_backward(float *dhidden, const float *dout, const float 
         /* not in parallel: two r may read the same row */
         size_t at = (size_t)row[r] * C;
         scalar_head_backward_row(dhidden + at, dout[r], hidden + at, weight);
+        /* the value head has a bias; a reward model's has none, which would cancel in every pair */
         if (bias && bias->d)
             bias->d[0] += dout[r];
     }
@@ -5670,6 +5673,8 @@ static void lora_declare(struct GPT2 *model, struct Linear *linear) {
     size_t out = linear->weight.shape[1];
     /* a model's tensors are named without "transformer.", which some checkpoints omit */
     const char *name = module_name(arena, linear) + strlen("transformer.");
+    /* A maps `in` numbers to r, B maps these to `out`: r (in + out) weights in place of in * out.
+     * */
     tensor_declare(model, &linear->lora_A, arena_printf(arena, "%s.lora_A.weight", name), r, in);
     tensor_declare(model, &linear->lora_B, arena_printf(arena, "%s.lora_B.weight", name), out, r);
     linear->lora_scale = adapter_scale(&model->adapter);
@@ -5875,6 +5880,7 @@ static void kv_cache_copy(const struct GPT2 *model, struct KVCache *cache, size_
         memcpy(cache->k + to, from->k + source, used * sizeof(float));
         memcpy(cache->v + to, from->v + source, used * sizeof(float));
     }
+    /* the next token of both is written at the same position, each in a place of its own */
     cache->length[slot] = from->length[from_slot];
 }
 
@@ -8075,6 +8081,7 @@ static size_t reward_texts(struct Trainer *trainer, struct Arena *arena, const s
             too_long++;
         } else {
             /* 3. Then it stays; otherwise the next row overwrites it. */
+            /* the pointer moves past one text or a pair's two, the count by one item */
             number[count++] = reward_row_number(data, row);
             next += each;
         }
@@ -8486,8 +8493,8 @@ static void scorer_prefixes(const struct Scorer *scorer, struct Arena *arena,
     }
 
     /* 2. all of them judged together, each score at the length of its beginning */
-    /* no data rows (NULL): a reward model judges from the text alone */
     float *read = arena_floats(arena, count);
+    /* no data rows (NULL): a reward model judges from the text alone */
     scorer_score(&bare, arena, beginnings, count, policy, NULL, read);
     for (size_t i = 0; i < count; i++)
         score[beginnings[i].n - sequence->prompt_length] = read[i];
@@ -9825,8 +9832,8 @@ static void grpo_log_lengths(struct RolloutTrainer *trainer, const struct Rollou
     for (size_t i = 0; i < n; i++) {
         /* an end token is part of the answer: it was the policy's choice, too */
         lengths[i] = (float)rollouts[i].response_length;
-        /* How long an answer would have become that was cut off, nobody knows: in this mean it
-         * would count with the limit's length, not its own. */
+        /* Nobody knows how long an answer would have become that was cut off. In this mean it would
+         * count with the length of the limit. */
         if (example_ended(&rollouts[i].example, trainer->model->config.eos_token_id))
             terminated[ended++] = lengths[i];
     }
@@ -9998,8 +10005,8 @@ static struct GRPOAnswer *grpo_answers(struct RolloutTrainer *trainer, const str
                                        size_t first, size_t n) {
     struct Arena *arena = &trainer->ppo.epoch_arena;
     const struct GRPOBatch *p = &trainer->grpo_batch;
-    /* one row for all answers, since the output layer takes all tokens' slopes at once */
     struct GRPOTokenLoss *tokens = arena_alloc(arena, head->R, sizeof *tokens);
+    /* one row for all answers, since the output layer takes all tokens' slopes at once */
     float *dlogprobs = arena_floats(arena, head->R);
     struct GRPOAnswer *answers = arena_alloc(arena, n, sizeof *answers);
     for (size_t i = 0; i < n; i++) {
@@ -10101,7 +10108,8 @@ static void rollout_checkpoint(struct Checkpoint *checkpoint, struct RolloutTrai
                          is_grpo ? "--per_device_train_batch_size times "
                                    "--gradient_accumulation_steps"
                                  : "--batch_size");
-    /* with another number, the step count would say wrongly when new answers are due */
+    /* With another number, new answers would be due at other steps, and a batch might be given up
+     * in the middle or used too long. */
     if (is_grpo)
         checkpoint_add_fixed(checkpoint, "num_iterations", trainer->num_iterations,
                              "--num_iterations");
@@ -11088,6 +11096,7 @@ static struct Example exact_response(struct Arena *arena, size_t V, size_t T, si
 /* The inverse: the number of the response that these tokens, prompt included, are. */
 static size_t exact_number(const struct ExactWorld *w, const int *ids) {
     size_t i = 0;
+    /* the prompt's token is no digit of it */
     for (size_t t = 1; t <= w->T; t++)
         i = i * w->V + (size_t)ids[t];
     return i;
@@ -11235,7 +11244,8 @@ static void exact_train_rollouts(const struct ExactWorld *w, struct GPT2 *model,
     struct RolloutTrainer *trainer;
     /* REINFORCE: all answers are to the one prompt, and each is compared with all others */
     struct ReinforceConfig reinforce = {BASELINE_RLOO, EXACT_BATCH, EXACT_BATCH, w->beta};
-    /* One beta and one reference for all: what the results differ by is due to the algorithm. */
+    /* One beta and one reference for all three, so that their distances to the same optimum can be
+     * compared. */
     if (method == EXACT_PPO)
         trainer = exact_ppo(w, model, args);
     else if (method == EXACT_GRPO)
@@ -12031,8 +12041,8 @@ static void course_ppo(struct Course *course) {
 static void course_grpo(struct Course *course) {
     course->grpo = gpt2_copy(course->language_model);
     struct GRPOConfig config = {
-        /* 64 answers a step are 8 groups. Of fewer, larger ones the means would be surer, but a
-         * step would see fewer prompts. */
+        /* 64 answers a step are 8 groups. In larger groups the means would be surer, but a step
+         * would see fewer prompts. */
         .num_generations = 8,
         .num_iterations = 1,
         /* the largest of the limits that course_rollouts draws for an answer */
@@ -12041,8 +12051,8 @@ static void course_grpo(struct Course *course) {
         .epsilon_high = 0.2,
         .loss_type = GRPO_LOSS_DAPO,
         .scale_rewards = SCALE_REWARDS_GROUP,
-        /* TRL's default is 0. Here the distance must have a price, as in PPO and DPO: otherwise
-         * what each of them gained could not be compared at a similar distance. */
+        /* TRL's default is 0. Here distance has a price, as for PPO and DPO: beside theirs, a
+         * reward that was gained at no price would say little. */
         .beta = 0.04,
         .use_bias_correction_kl = true,
         /* a model of 64 positions knows best what it has read at the beginning */
@@ -12166,6 +12176,7 @@ static void course_best_of_n(struct Course *course) {
     exam.ref_model = NULL;
     struct PolicyResult result = policy_measure(course->language_model, &exam, &arena);
     course->best_of = arena_floats(&course->arena, COURSE_BEST_OF);
+    /* powers of two divide COURSE_BEST_OF, so that no answer is left out of its group */
     for (size_t n = 1; n <= COURSE_BEST_OF; n *= 2)
         course->best_of[n - 1] = best_of_n(result.reward, exam.n, n);
     arena_free(&arena);
@@ -12644,6 +12655,7 @@ static struct AttentionExample attention_of_model(struct Explain *x) {
         example_encode(x->arena, x->tok, x->prompt, model->config.vocab_size, NULL);
     CHECK(text.n > 0, "--prompt: one token or more was expected");
     text.n = MIN(text.n, (size_t)ATTENTION_SHOWN);
+    /* their texts are the labels of the tables' rows */
     struct Text *tokens = arena_alloc(x->arena, text.n, sizeof *tokens);
     for (size_t t = 0; t < text.n; t++)
         tokens[t] = tokenizer_decode(x->tok, text.ids[t], model->config.vocab_size);
@@ -12964,6 +12976,8 @@ static const char *beam_fate(struct Explain *x, const struct BeamSearch *search,
     bool ends = candidate->id % BEAM_V == BEAM_END || length == BEAM_STEPS;
     if (!ends || rank >= search->config->num_beams)
         return x->pt ? "descartado" : "dropped";
+    /* Each token adds a negative number. Without division by a power of the length, a short text
+     * would have an advantage that it has not earned. */
     float score = (float)(candidate->value / pow((double)length, search->config->length_penalty));
     bool is_low = score < search->finished[search->finished_count - 1].score;
     const char *verdict = !is_low ? "" : x->pt ? ", baixo" : ", too low";
@@ -13685,6 +13699,7 @@ static struct KLCells kl_cells(struct Explain *x) {
         c.mean_k1 += c.p[i] * c.k1[i];
         c.mean_k3 += c.p[i] * c.k3[i];
     }
+    /* by its definition; both means equal it, for k3 because the q_v add up to 1 as the p_v do */
     c.kl = kl_exact(p_logits, p_lse, q_logits, q_lse, n);
     return c;
 }
@@ -13858,6 +13873,7 @@ static void explain_reinforce(struct Explain *x) {
 
     /* 2. Baseline, advantage, loss. */
     enum Baseline baseline = explain_baseline(x, a.n);
+    /* all answers are to one prompt: for rloo they are one group */
     reinforce_advantages(baseline, rewards, a.n, a.n, mean_of(rewards, a.n), advantages);
     /* for `mean` the mean R of these answers stands in for that of earlier steps */
     double loss = reinforce_loss(advantages, logps, a.n, dlogps);
@@ -14019,6 +14035,8 @@ static void tell_gae_ends(struct Explain *x, const struct Answers *a, const stru
                           const struct GaeCells *g) {
     /* one token is enough: return and whitening treat all alike */
     tell(x, GAE_TEXT[4]);
+    /* The advantage is return - value, so adding the value back yields what the value head ought to
+     * have said. */
     formula(x,
             arena_printf(x->arena, "return = raw A + value                 %s",
                          first_label(x, a, 0)),
@@ -14532,7 +14550,7 @@ static void tell_grpo_mean(struct Explain *x, const struct Answers *a, const str
                : "  d1 = 0 if clipped, else -A * ratio%s",
          c->config.use_bias_correction_kl ? ", + beta * kl" : "");
     line(x, "        = %s", D(c->dlogprob[0]));
-    /* not the mean of the loss column, unless every token has the same weight */
+    /* with bnpo and dapo this is the mean of the loss column, with the others not always */
     formula(x,
             x->pt ? "loss = soma de peso * loss de cada token"
                   : "loss = sum of weight * loss of every token",
