@@ -5673,8 +5673,7 @@ static void lora_declare(struct GPT2 *model, struct Linear *linear) {
     size_t out = linear->weight.shape[1];
     /* a model's tensors are named without "transformer.", which some checkpoints omit */
     const char *name = module_name(arena, linear) + strlen("transformer.");
-    /* A maps `in` numbers to r, B maps these to `out`: r (in + out) weights in place of in * out.
-     * */
+    /* A maps `in` numbers to r, B maps these to `out`: r (in + out) weights, not in * out */
     tensor_declare(model, &linear->lora_A, arena_printf(arena, "%s.lora_A.weight", name), r, in);
     tensor_declare(model, &linear->lora_B, arena_printf(arena, "%s.lora_B.weight", name), out, r);
     linear->lora_scale = adapter_scale(&model->adapter);
@@ -12176,7 +12175,7 @@ static void course_best_of_n(struct Course *course) {
     exam.ref_model = NULL;
     struct PolicyResult result = policy_measure(course->language_model, &exam, &arena);
     course->best_of = arena_floats(&course->arena, COURSE_BEST_OF);
-    /* powers of two divide COURSE_BEST_OF, so that no answer is left out of its group */
+    /* COURSE_BEST_OF is a power of two as well: groups of n leave no answer over */
     for (size_t n = 1; n <= COURSE_BEST_OF; n *= 2)
         course->best_of[n - 1] = best_of_n(result.reward, exam.n, n);
     arena_free(&arena);
