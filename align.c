@@ -1234,7 +1234,7 @@ static struct PPOLoss ppo_loss(const struct PPOConfig *config, struct PPOTokens 
  * loss is no measure of progress; the reward is.
  *
  * A group whose answers all score the same, all right or all wrong, teaches nothing: all its
- * advantages are 0. frac_reward_zero_std is the share of such answers. */
+ * advantages are 0. frac_reward_zero_std is the share of the answers in such groups. */
 
 /* GRPOConfig of TRL 1.16, in its names. */
 #define GRPO_LOSS_NAMES "grpo, bnpo, dr_grpo, dapo"
@@ -1278,6 +1278,7 @@ static struct ScoreMoments score_moments(const float *scores, size_t n) {
     double squares = 0;
     for (size_t i = 0; i < n; i++)
         squares += isnan(scores[i]) ? 0 : (scores[i] - mean) * (scores[i] - mean);
+    /* of a single score 0/0: one number does not tell how far numbers spread */
     return (struct ScoreMoments){mean, sqrt(squares / (count - 1))};
 }
 
@@ -1333,7 +1334,8 @@ struct GRPOTokenLoss {
  * a probability of 0.01, 1.2 times is only 0.012 [25].
  * Why k3 here, and k1 in PPO's rewards? There the KL is a number that is paid. Here its slope
  * counts, and k1 = log pi - log pi_ref has the slope 1 at every token, which is no direction. That
- * of k3 is negative where the reference likes the token more than the policy does, and raises it.
+ * of k3 is negative where the reference finds the token more probable than the policy does: a step
+ * then raises the token's log-probability.
  * And why times the ratio? Averaged over tokens drawn from pi, k3 is KL(pi || pi_ref). But the
  * slope of a mean has two parts: k3 changes, and so do the probabilities with which the tokens are
  * drawn. 1 - e^d alone is the first part (on average, the slope of KL(pi_ref || pi)); the ratio,
@@ -1357,6 +1359,8 @@ static struct GRPOTokenLoss grpo_token_loss(const struct GRPOConfig *config, dou
         .loss = MAX(plain_loss, clipped_loss),
         .dlog_ratio = is_clipped ? 0 : plain_loss,
         .ratio = ratio,
+        /* The clip stops a bad answer's token on its way down, a good one's on its way up: the sign
+         * of A tells the side. */
         .is_low_clipped = is_clipped && advantage < 0,
         .is_high_clipped = is_clipped && advantage > 0,
     };
@@ -1366,6 +1370,7 @@ static struct GRPOTokenLoss grpo_token_loss(const struct GRPOConfig *config, dou
     token.kl = weight * kl_k3(logprob, ref_logprob);
     token.loss += config->beta * token.kl;
     token.dlogprob = config->beta * weight * -expm1(ref_logprob - logprob);
+    /* ratio * k3 contains the ratio as well, and by its logarithm it is its own derivative */
     if (config->use_bias_correction_kl)
         token.dlog_ratio += config->beta * token.kl;
     return token;
@@ -1389,10 +1394,13 @@ static double grpo_token_share(const struct GRPOConfig *config, size_t length, s
                                double tokens) {
     switch (config->loss_type) {
     case GRPO_LOSS_GRPO:
+        /* each answer as a whole counts the same, and its tokens share that */
         return 1 / ((double)length * (double)answers);
     case GRPO_LOSS_DR_GRPO:
+        /* no answer's length is in it, so none can make its own tokens count less */
         return 1 / ((double)answers * (double)config->max_completion_length);
     default:
+        /* bnpo and dapo differ only in what the caller counts as `tokens` */
         return 1 / tokens;
     }
 }
@@ -1451,8 +1459,8 @@ static double grpo_answer_loss(const struct GRPOConfig *config, struct GRPOAnswe
  *   loss = sum over answers and tokens of share * token loss
  * in   tokens: what dapo and bnpo divide by. If a step's answers do not fit into memory at once,
  *      each part of them has its own loss, and the step's is the mean of these. For bnpo, `tokens`
- *      are those of the part, so a token in a part of short answers counts more; for dapo, those of
- *      a mean part, so that it makes no difference where the parts are cut.
+ *      are those of the part, so a token in a part of short answers counts more; for dapo, the mean
+ *      number of all parts, so that it makes no difference where the parts are cut.
  *                                                        test: grpo_loss_golden, grpo_gradient */
 static double grpo_loss(const struct GRPOConfig *config, struct GRPOAnswer *answers, size_t n,
                         double tokens) {
@@ -2234,6 +2242,7 @@ WIDE static float wide_max(const float *x, size_t n) {
     int32_t most = INT32_MIN;
     size_t i = 0;
     for (size_t j = 0; j < LANES; j++)
+        /* no key is smaller: the first number of each lane replaces it */
         lane[j] = INT32_MIN;
     for (; i + LANES <= n; i += LANES)
         for (size_t j = 0; j < LANES; j++) {
@@ -5184,6 +5193,7 @@ static struct LMHead lm_head_new(const struct GPT2 *model, struct Arena *arena,
         .row = row,
         .target = target,
         .temperature = temperature,
+        /* beyond the last row: no chunk has been computed yet */
         .logits_first = R,
         .acts = *acts,
         .hidden = arena_floats(arena, R * C),
@@ -5490,6 +5500,7 @@ static void scalar_head_backward(float *dhidden, const float *dout, const float 
         /* not in parallel: two r may read the same row */
         size_t at = (size_t)row[r] * C;
         scalar_head_backward_row(dhidden + at, dout[r], hidden + at, weight);
+        /* the value head has a bias; a reward model's has none, which would cancel in every pair */
         if (bias && bias->d)
             bias->d[0] += dout[r];
     }
@@ -5662,6 +5673,7 @@ static void lora_declare(struct GPT2 *model, struct Linear *linear) {
     size_t out = linear->weight.shape[1];
     /* a model's tensors are named without "transformer.", which some checkpoints omit */
     const char *name = module_name(arena, linear) + strlen("transformer.");
+    /* A maps `in` numbers to r, B maps these to `out`: r (in + out) weights, not in * out */
     tensor_declare(model, &linear->lora_A, arena_printf(arena, "%s.lora_A.weight", name), r, in);
     tensor_declare(model, &linear->lora_B, arena_printf(arena, "%s.lora_B.weight", name), out, r);
     linear->lora_scale = adapter_scale(&model->adapter);
@@ -5867,6 +5879,7 @@ static void kv_cache_copy(const struct GPT2 *model, struct KVCache *cache, size_
         memcpy(cache->k + to, from->k + source, used * sizeof(float));
         memcpy(cache->v + to, from->v + source, used * sizeof(float));
     }
+    /* the next token of both is written at the same position, each in a place of its own */
     cache->length[slot] = from->length[from_slot];
 }
 
@@ -8067,6 +8080,7 @@ static size_t reward_texts(struct Trainer *trainer, struct Arena *arena, const s
             too_long++;
         } else {
             /* 3. Then it stays; otherwise the next row overwrites it. */
+            /* the pointer moves past one text or a pair's two, the count by one item */
             number[count++] = reward_row_number(data, row);
             next += each;
         }
@@ -8469,6 +8483,8 @@ static void scorer_prefixes(const struct Scorer *scorer, struct Arena *arena,
     size_t count = 0;
     struct Example *beginnings = arena_alloc(arena, n, sizeof *beginnings);
     for (size_t t = 0; t < n; t++) {
+        /* Each beginning is written into the next free place, but only some are counted: the next
+         * beginning overwrites one that is not. */
         score[t] = NAN;
         beginnings[count] = *sequence;
         beginnings[count].n = sequence->prompt_length + t;
@@ -8477,6 +8493,7 @@ static void scorer_prefixes(const struct Scorer *scorer, struct Arena *arena,
 
     /* 2. all of them judged together, each score at the length of its beginning */
     float *read = arena_floats(arena, count);
+    /* no data rows (NULL): a reward model judges from the text alone */
     scorer_score(&bare, arena, beginnings, count, policy, NULL, read);
     for (size_t i = 0; i < count; i++)
         score[beginnings[i].n - sequence->prompt_length] = read[i];
@@ -8679,6 +8696,7 @@ static struct RolloutTrainer *reinforce_trainer_new(struct GPT2 *model, struct G
     trainer->name = "reinforce";
     trainer->kl_coef = config.beta;
     trainer->batch_size = config.batch_size;
+    /* rloo compares the answers to one prompt; the other two baselines take any number of them */
     trainer->num_generations = config.num_generations;
     trainer->baseline = config.baseline;
     return trainer;
@@ -8806,11 +8824,14 @@ static void replay_rollouts(const struct Dataset *data, size_t step,
                             struct Rollout *rollouts) {
     size_t n = trainer->batch_size;
     for (size_t i = 0; i < n; i++) {
+        /* the file is read in a circle, so a short one serves any number of steps */
         size_t index = (step * n + i) % data->n;
         rollouts[i] = replay_rollout(data, index, trainer->model, arena);
         /* GRPO alone knows what to do with an answer that has no score */
         CHECK(trainer->algorithm == ALGORITHM_GRPO || !isnan(rollouts[i].score),
               "%s: rollout %zu has no \"score\"; a number was expected", data->path, index + 1);
+        /* A group's mean is its baseline. With an answer to another prompt among them, the
+         * advantages would also say which prompt is the easier one. */
         const struct Example *first =
             &rollouts[i / trainer->num_generations * trainer->num_generations].example;
         CHECK(same_prompt(first, &rollouts[i].example),
@@ -8824,6 +8845,7 @@ static void replay_rollouts(const struct Dataset *data, size_t step,
 static struct Example *rollout_examples(struct Arena *arena, const struct Rollout *rollouts,
                                         size_t n) {
     struct Example *examples = arena_alloc(arena, n, sizeof *examples);
+    /* the token ids are shared with the rollouts, not copied */
     for (size_t i = 0; i < n; i++)
         examples[i] = rollouts[i].example;
     return examples;
@@ -9786,6 +9808,8 @@ static void log_lengths(struct LogEntry *stats, const char *const names[3], cons
         least = MIN(least, lengths[i]);
         most = MAX(most, lengths[i]);
     }
+    /* If no answer ended by itself, 0 is logged, as by TRL: 0/0 would be null in the log, and a
+     * curve drawn from it would have a gap. */
     log_value(stats, names[0], n ? mean_of(lengths, n) : 0);
     log_value(stats, names[1], least);
     log_value(stats, names[2], most);
@@ -9807,11 +9831,14 @@ static void grpo_log_lengths(struct RolloutTrainer *trainer, const struct Rollou
     for (size_t i = 0; i < n; i++) {
         /* an end token is part of the answer: it was the policy's choice, too */
         lengths[i] = (float)rollouts[i].response_length;
+        /* Nobody knows how long an answer would have become that was cut off. In this mean it would
+         * count with the length of the limit. */
         if (example_ended(&rollouts[i].example, trainer->model->config.eos_token_id))
             terminated[ended++] = lengths[i];
     }
     log_lengths(&trainer->stats, all, lengths, n);
     log_lengths(&trainer->stats, of_ended, terminated, ended);
+    /* near 1, the limit is too low: most answers are judged before they are complete */
     log_value(&trainer->stats, "completions/clipped_ratio", (double)(n - ended) / (double)n);
 }
 
@@ -9825,6 +9852,7 @@ static void grpo_log_scores(struct RolloutTrainer *trainer, const float *scores,
     struct ScoreMoments batch = score_moments(scores, n);
     double zero = 0;
     for (size_t i = 0; i < n; i++) {
+        /* i / G * G is the group's first answer: all G of them get the same verdict */
         struct ScoreMoments group = score_moments(scores + i / G * G, G);
         bool by_batch = trainer->grpo.scale_rewards == SCALE_REWARDS_BATCH;
         /* 1e-8: what torch.isclose takes for 0 */
@@ -9832,6 +9860,8 @@ static void grpo_log_scores(struct RolloutTrainer *trainer, const float *scores,
     }
     log_value(&trainer->stats, "reward", batch.mean);
     log_value(&trainer->stats, "reward_std", batch.std);
+    /* Near 1, the prompts are too easy or too hard for this policy: it pays for many answers and
+     * learns from few. */
     log_value(&trainer->stats, "frac_reward_zero_std", zero / (double)n);
 }
 
@@ -9855,6 +9885,7 @@ static void grpo_begin_batch(struct RolloutTrainer *trainer, const struct Rollou
     for (size_t i = 0; i < n; i++) {
         p->start[i] = p->R;
         p->R += rollouts[i].response_length;
+        /* TRL pads all prompts to the length of the longest: see grpo_pad_left */
         p->longest_prompt = MAX(p->longest_prompt, rollouts[i].example.prompt_length);
     }
     p->start[n] = p->R;
@@ -9881,6 +9912,7 @@ static void grpo_metrics(struct RolloutTrainer *trainer, const struct GRPOAnswer
     double kl = 0;
     double low = 0;
     double high = 0;
+    /* shares lie between 0 and 1, so the first answer replaces both of these */
     double low_min = 1;
     double high_max = 0;
     /* the answers' ratios, or the tokens': that decides what the shares are of */
@@ -9889,6 +9921,8 @@ static void grpo_metrics(struct RolloutTrainer *trainer, const struct GRPOAnswer
         /* 1. one answer: its tokens that were clipped */
         double answer_low = 0;
         double answer_high = 0;
+        /* On the low side are tokens of bad answers that have been pushed down far enough, on the
+         * high side tokens of good ones that have been raised far enough. */
         for (size_t t = 0; t < answers[i].length; t++) {
             kl += answers[i].tokens[t].kl;
             answer_low += answers[i].tokens[t].is_low_clipped;
@@ -9907,6 +9941,7 @@ static void grpo_metrics(struct RolloutTrainer *trainer, const struct GRPOAnswer
     /* 3. shares */
     double units = whole ? (double)n : tokens;
     struct LogEntry *stats = &trainer->stats;
+    /* without beta there is no reference, and a kl of 0 in the log would be a false figure */
     if (trainer->grpo.beta > 0)
         log_at(stats, "kl")->value += kl / tokens / parts;
     log_at(stats, "entropy")->value += entropy / tokens / parts;
@@ -9931,6 +9966,7 @@ static void grpo_pad_left(const struct Batch *batch, const struct Rollout *rollo
         /* as far as the context allows: where it does not, TRL stops with an error */
         size_t room = n_positions - rollouts[b].example.n;
         size_t shift = MIN(longest - rollouts[b].example.prompt_length, room);
+        /* a position selects a row of wpe; the tokens and what they attend to stay as they are */
         for (size_t i = batch->start[b]; i < batch->start[b + 1]; i++)
             batch->position[i] += (int)shift;
     }
@@ -9945,12 +9981,16 @@ static struct LMHead grpo_forward(struct RolloutTrainer *trainer, const struct B
     struct Arena *arena = &trainer->ppo.epoch_arena;
     struct GRPOBatch *p = &trainer->grpo_batch;
     struct LMHead head = batch_logprobs(trainer->model, arena, batch, trainer->temperature, true);
+    /* Replacing the old log-probabilities at a later update would set every ratio back to 1: the
+     * clip could never act, however far the policy had gone. */
     if (trainer->step % trainer->num_iterations != 0)
         return head;
 
     /* both rows hold the tokens of all micro-batches, one after the other */
     memcpy(p->logprobs + p->start[first], head.logprob, batch->R * sizeof(float));
     if (p->ref_logprobs) {
+        /* The reference never changes, so once a batch is enough; nothing goes back through it, so
+         * its activations are not kept (false). */
         struct LMHead ref_head =
             batch_logprobs(trainer->ref_model, arena, batch, trainer->temperature, false);
         memcpy(p->ref_logprobs + p->start[first], ref_head.logprob, batch->R * sizeof(float));
@@ -9965,12 +10005,14 @@ static struct GRPOAnswer *grpo_answers(struct RolloutTrainer *trainer, const str
     struct Arena *arena = &trainer->ppo.epoch_arena;
     const struct GRPOBatch *p = &trainer->grpo_batch;
     struct GRPOTokenLoss *tokens = arena_alloc(arena, head->R, sizeof *tokens);
+    /* one row for all answers, since the output layer takes all tokens' slopes at once */
     float *dlogprobs = arena_floats(arena, head->R);
     struct GRPOAnswer *answers = arena_alloc(arena, n, sizeof *answers);
     for (size_t i = 0; i < n; i++) {
         /* a token's place in the batch; in the micro-batch, whose first token is head's first */
         size_t in_batch = p->start[first + i];
         size_t here = in_batch - p->start[first];
+        /* no number is copied: an answer points at its own stretch of each row */
         answers[i] = (struct GRPOAnswer){
             .length = p->start[first + i + 1] - in_batch,
             .advantage = p->advantages[first + i],
@@ -10003,6 +10045,8 @@ static double grpo_micro_batch(struct RolloutTrainer *trainer, const struct Roll
 
     /* 2. the loss, and its slope by each token's log-probability */
     struct GRPOAnswer *answers = grpo_answers(trainer, &head, first, n);
+    /* dapo: the mean over the micro-batches. Divided by `parts` once more in step 3, each token
+     * then counts 1 / R, in whichever micro-batch it stands. */
     bool is_dapo = trainer->grpo.loss_type == GRPO_LOSS_DAPO;
     double tokens = is_dapo ? (double)trainer->grpo_batch.R / parts : (double)batch.R;
     double loss = grpo_loss(&trainer->grpo, answers, n, tokens);
@@ -10010,6 +10054,7 @@ static double grpo_micro_batch(struct RolloutTrainer *trainer, const struct Roll
     check_finite(trainer->model, "the loss", loss);
 
     /* 3. Back through the output layer and the blocks, as in ppo_backward, without a value head. */
+    /* the first answer's slopes, with those of all others behind them */
     float *dlogprobs = answers->dlogprobs;
     for (size_t i = 0; i < head.R; i++)
         dlogprobs[i] = (float)(dlogprobs[i] / parts);
@@ -10026,6 +10071,7 @@ static double grpo_micro_batch(struct RolloutTrainer *trainer, const struct Roll
 static void grpo_step(struct RolloutTrainer *trainer, const struct Rollout *rollouts) {
     /* 1. new answers: who was better than its group? */
     trainer->stats.n = 0;
+    /* the first update of a batch finds every ratio at 1; only a later one can be clipped */
     if (trainer->step % trainer->num_iterations == 0)
         grpo_begin_batch(trainer, rollouts);
 
@@ -10061,6 +10107,8 @@ static void rollout_checkpoint(struct Checkpoint *checkpoint, struct RolloutTrai
                          is_grpo ? "--per_device_train_batch_size times "
                                    "--gradient_accumulation_steps"
                                  : "--batch_size");
+    /* With another number, new answers would be due at other steps, and a batch might be given up
+     * in the middle or used too long. */
     if (is_grpo)
         checkpoint_add_fixed(checkpoint, "num_iterations", trainer->num_iterations,
                              "--num_iterations");
@@ -10074,6 +10122,8 @@ static void rollout_checkpoint(struct Checkpoint *checkpoint, struct RolloutTrai
     checkpoint_add_fixed(checkpoint, "prompts", source->n, "the number of prompts");
     checkpoint_add_sizes(checkpoint, "order", source->order, source->n, source->n - 1);
     checkpoint_add_sizes(checkpoint, "at", &source->at, 1, source->n);
+    /* Without the states of its streams, a resumed run would draw other prompts, limits and tokens
+     * than the run that was never stopped. */
     checkpoint_add_random(checkpoint, "shuffle", &source->shuffle);
     checkpoint_add_random(checkpoint, "lengths", &source->lengths);
     checkpoint_add_random(checkpoint, "sample", &source->sample);
@@ -10095,6 +10145,7 @@ static void rollout_write_logs(struct RolloutTrainer *trainer, struct Output *lo
     if (is_ppo)
         log_value(&trainer->stats, "time/ppo/rollout", rollout_seconds);
     stats_write_line(logs[LOG_STATS].file, trainer);
+    /* an answer is stored once, however many updates learn from it */
     if (is_new)
         rollouts_write(logs[LOG_ROLLOUTS].file, rollouts, trainer->batch_size);
     if (is_ppo)
@@ -10120,6 +10171,8 @@ static void grpo_log_entry(struct RolloutTrainer *trainer, struct TrainerState *
                            struct LogEntry *entry) {
     rollout_add_stats(&state->metrics, &trainer->stats);
     trainer_means(state, &state->metrics, entry, "");
+    /* a mean of learning rates would be one that no step had, and a mean of norms hides the step
+     * that went wrong */
     static const char *const last[] = {"grad_norm", "learning_rate"};
     for (size_t i = 0; i < COUNT(last); i++)
         log_value(entry, last[i], log_at(&trainer->stats, last[i])->value);
@@ -10155,6 +10208,7 @@ static void rollout_report(struct RolloutTrainer *trainer, struct TrainerState *
     if (!is_due)
         return;
     *state_log(state) = entry;
+    /* the next entry's means begin anew */
     state->metrics.n = 0;
 }
 
@@ -10166,6 +10220,7 @@ static void rollout_count(const struct RolloutTrainer *trainer, struct TrainerSt
     /* batch_size answers are to batch_size / num_generations prompts, for num_iterations steps */
     double batches = (double)trainer->step / (double)trainer->num_iterations;
     state->epoch = batches * (double)(B / trainer->num_generations) / n;
+    /* a token counts once, when its answer is new, not at each update that reads it */
     if ((trainer->step - 1) % trainer->num_iterations != 0)
         return;
     for (size_t b = 0; b < B; b++)
@@ -10174,6 +10229,8 @@ static void rollout_count(const struct RolloutTrainer *trainer, struct TrainerSt
 
 /* A step of the trainer's algorithm. */
 static void rollout_step(struct RolloutTrainer *trainer, const struct Rollout *rollouts) {
+    /* All of them take the same rollouts and move the same weights. They differ in how a score
+     * becomes a slope for each token. */
     switch (trainer->algorithm) {
     case ALGORITHM_PPO:
         ppo_step(trainer, rollouts);
@@ -10914,11 +10971,11 @@ static void exact_best_of_n(const struct ExactWorld *w, size_t n, double *logps)
  * reward. GRPO's advantage is made of scores alone, and its KL stands in the loss, position by
  * position: a token answers for its own KL, but not for the KL that it leads to. So at an answer's
  * last token GRPO finds what is best; at earlier ones it goes too readily where the reward can be
- * had only by moving far from the reference later on. (The optimum has beta log Z(s,a), the reward
- * minus beta times the KL to come, in place of Q.) Answers of one token have no later ones: there
- * the two are the same.
- * Dividing by the group's standard deviation would change more: what GRPO then maximizes has
- * beta times that deviation for its beta, and the deviation falls as the policy learns.
+ * had only by moving far from the reference later on. (In place of Q the optimum has
+ * beta log Z(s,a): the expected reward minus beta times the expected KL of the tokens to come.)
+ * Answers of one token have no later ones: there the two are the same.
+ * Dividing by the group's standard deviation would change more: in what GRPO then maximizes, beta
+ * times that deviation stands in the place of beta, and the deviation falls as the policy learns.
  * out  logps (w->n)
  * By hand: 2 tokens, V 2, pi_ref 1/4 for each answer, r = (0, 2, 0, 0), beta 1. After token 0:
  * e^0 : e^2 = 0.1192 : 0.8808, Q = 1.7616; after token 1: 1/2, Q = 0. First token: e^1.7616 : 1 =
@@ -10932,6 +10989,7 @@ static void exact_grpo_limit(const struct ExactWorld *w, struct Arena *arena, do
     memcpy(value, w->r, w->n * sizeof *value);
     memcpy(ref_logps, w->logps[EXACT_REFERENCE], w->n * sizeof *ref_logps);
     for (size_t i = 0; i < w->n; i++)
+        /* log 1: step 2 multiplies by the probability of each of the answer's tokens */
         logps[i] = 0;
 
     /* 2. One token shorter: beginning s goes on as s V, s V + 1, ... For each of them, chapter 5's
@@ -10940,6 +10998,7 @@ static void exact_grpo_limit(const struct ExactWorld *w, struct Arena *arena, do
         for (size_t s = 0; s < w->n / below / w->V; s++) {
             const double *ref_next = ref_logps + s * w->V;
             const double *Q = value + s * w->V;
+            /* ref_next adds up to the probability of s, not to 1; Z divides that out */
             exact_optimum(ref_next, Q, w->V, w->beta, log_pi);
             double expected = 0;
             double mass = 0;
@@ -10950,7 +11009,7 @@ static void exact_grpo_limit(const struct ExactWorld *w, struct Arena *arena, do
                 for (size_t i = 0; i < below; i++)
                     logps[(s * w->V + a) * below + i] += log_pi[a];
             }
-            /* places of the beginnings that have been used up hold those that are shorter */
+            /* shorter beginnings overwrite longer ones, whose numbers have all been used by now */
             value[s] = expected;
             ref_logps[s] = log(mass);
         }
@@ -11036,6 +11095,7 @@ static struct Example exact_response(struct Arena *arena, size_t V, size_t T, si
 /* The inverse: the number of the response that these tokens, prompt included, are. */
 static size_t exact_number(const struct ExactWorld *w, const int *ids) {
     size_t i = 0;
+    /* the prompt's token is no digit of it */
     for (size_t t = 1; t <= w->T; t++)
         i = i * w->V + (size_t)ids[t];
     return i;
@@ -11162,9 +11222,13 @@ static struct RolloutTrainer *exact_grpo(const struct ExactWorld *w, struct GPT2
         .num_iterations = 1,
         .max_completion_length = w->T,
         .beta = w->beta,
+        /* With the ratio the slope is that of KL(pi || pi_ref), which J has. Without it the
+         * training would end elsewhere, not at exact_grpo_limit. */
         .use_bias_correction_kl = true,
+        /* without effect: a batch serves one update, at which every ratio is 1 */
         .epsilon = 0.2,
         .epsilon_high = 0.2,
+        /* every answer has T tokens, so all loss types would give each token the same weight */
         .loss_type = GRPO_LOSS_DAPO,
         .scale_rewards = SCALE_REWARDS_NONE,
     };
@@ -11179,14 +11243,19 @@ static void exact_train_rollouts(const struct ExactWorld *w, struct GPT2 *model,
     struct RolloutTrainer *trainer;
     /* REINFORCE: all answers are to the one prompt, and each is compared with all others */
     struct ReinforceConfig reinforce = {BASELINE_RLOO, EXACT_BATCH, EXACT_BATCH, w->beta};
+    /* One beta and one reference for all three, so that their distances to the same optimum can be
+     * compared. */
     if (method == EXACT_PPO)
         trainer = exact_ppo(w, model, args);
     else if (method == EXACT_GRPO)
         trainer = exact_grpo(w, model, *args);
     else
         trainer = reinforce_trainer_new(model, w->ref_model, reinforce, *args, 1);
+    /* the schedule must know the end, where its learning rate is to be 0 */
     trainer->total_steps = EXACT[method].steps;
 
+    /* One seed for every method: at the first step, when all policies are still copies of the
+     * reference, all of them learn from the same answers. */
     struct Rng rng = rng_seed(w->seed, STREAM_SAMPLE);
     for (size_t step = 0; step < trainer->total_steps; step++) {
         /* on-policy: each step learns from new answers, since the last ones are another policy's */
@@ -11395,6 +11464,7 @@ static bool starts_word(const struct Tokenizer *tok, size_t V, int id) {
 static void whole_words(const struct Tokenizer *tok, const struct GPT2Config *policy,
                         struct Example *answer) {
     size_t V = policy->vocab_size;
+    /* the policy itself decided where this one ends: nothing was cut */
     if (example_ended(answer, policy->eos_token_id))
         return;
     /* 1. the end of a sentence: the token's last byte says so */
@@ -11545,6 +11615,7 @@ static size_t prompt_end(const struct Course *course, const struct Example *text
     for (size_t t = length; t-- > 1;)
         if (starts_word(course->tok, course->vocab_size, text->ids[t]))
             return t;
+    /* 3. Neither: a text without spaces may be cut anywhere. */
     return length;
 }
 
@@ -11579,6 +11650,8 @@ static struct Text *course_others(struct Course *course, const struct Example *t
     /* Texts that are too short have no prompt, so a prompt's number is not its text's. But both
      * lists are in the same order: one pass finds all. */
     for (size_t i = 0; i < n; i++, texts++, others++) {
+        /* The pointers are compared, not the tokens: of two texts that are the same word for word,
+         * each keeps its own fields. */
         while (texts->ids != prompts[i].ids) {
             texts++;
             others++;
@@ -11633,6 +11706,7 @@ static void course_split(struct Course *course, const struct Dataset *data) {
     course->held_out_n = data->n / 10;
     course->train_n = data->n - course->held_out_n;
     warn_of_written_ends(data, course->tok);
+    /* with fewer than 20 texts to measure on, the figures would be mostly chance */
     CHECK(course->held_out_n >= 20,
           "%s: %zu rated texts; rlhf needs 200 or more, a tenth of them to measure on", data->path,
           data->n);
@@ -11647,6 +11721,7 @@ static void course_split(struct Course *course, const struct Dataset *data) {
                                     COURSE_TEST_PROMPTS, &rng, course->test_prompts);
     course->test_others = course_others(course, course->held_out, course->others,
                                         course->test_prompts, course->test_n);
+    /* the fields lie in the order of all texts: those of the held-out ones come first */
     course->prompt_others =
         course_others(course, course->train,
                       course->others ? course->others + course->held_out_n : NULL, course->prompts,
@@ -11965,13 +12040,18 @@ static void course_ppo(struct Course *course) {
 static void course_grpo(struct Course *course) {
     course->grpo = gpt2_copy(course->language_model);
     struct GRPOConfig config = {
+        /* 64 answers a step are 8 groups. In larger groups the means would be surer, but a step
+         * would see fewer prompts. */
         .num_generations = 8,
         .num_iterations = 1,
+        /* the largest of the limits that course_rollouts draws for an answer */
         .max_completion_length = 28,
         .epsilon = 0.2,
         .epsilon_high = 0.2,
         .loss_type = GRPO_LOSS_DAPO,
         .scale_rewards = SCALE_REWARDS_GROUP,
+        /* TRL's default is 0. Here distance has a price, as for PPO and DPO: beside theirs, a
+         * reward that was gained at no price would say little. */
         .beta = 0.04,
         .use_bias_correction_kl = true,
         /* a model of 64 positions knows best what it has read at the beginning */
@@ -11979,10 +12059,13 @@ static void course_grpo(struct Course *course) {
     };
     struct Trainer trainer =
         course_trainer(course, "grpo", course->grpo, 1e-3, course->grpo_steps, 64, 5);
+    /* each step, so that its curve can be laid beside PPO's */
     trainer.args.logging_steps = 1;
     struct RolloutTrainer *grpo = grpo_trainer_new(course->grpo, course->language_model, config,
                                                    trainer.args, course->temperature);
     grpo->tok = course->tok;
+    /* The streams begin where PPO's began: the prompts come in the same order, but a step takes 8
+     * of them, not 64. */
     struct RolloutSource source = course_rollouts(course);
     rollout_train(grpo, &source, course->grpo_steps,
                   arena_printf(&course->arena, "%s/grpo", course->output_dir), &trainer.state);
@@ -12092,6 +12175,7 @@ static void course_best_of_n(struct Course *course) {
     exam.ref_model = NULL;
     struct PolicyResult result = policy_measure(course->language_model, &exam, &arena);
     course->best_of = arena_floats(&course->arena, COURSE_BEST_OF);
+    /* COURSE_BEST_OF is a power of two as well: groups of n leave no answer over */
     for (size_t n = 1; n <= COURSE_BEST_OF; n *= 2)
         course->best_of[n - 1] = best_of_n(result.reward, exam.n, n);
     arena_free(&arena);
@@ -12172,6 +12256,7 @@ static void course_run(struct Course *course, const struct Dataset *data,
     void (*const stage[])(struct Course *) = {course_judges, course_ppo, course_dpo, course_grpo};
     struct GPT2 **const policy[] = {&course->language_model, &course->ppo, &course->dpo,
                                     &course->grpo};
+    /* GRPO's stage is the last: without --grpo_steps the list ends before it */
     course->policies = course->grpo_steps ? COUNT(stage) : COUNT(stage) - 1;
     for (size_t k = 0; k < course->policies; k++) {
         stage[k](course);
@@ -12569,6 +12654,7 @@ static struct AttentionExample attention_of_model(struct Explain *x) {
         example_encode(x->arena, x->tok, x->prompt, model->config.vocab_size, NULL);
     CHECK(text.n > 0, "--prompt: one token or more was expected");
     text.n = MIN(text.n, (size_t)ATTENTION_SHOWN);
+    /* their texts are the labels of the tables' rows */
     struct Text *tokens = arena_alloc(x->arena, text.n, sizeof *tokens);
     for (size_t t = 0; t < text.n; t++)
         tokens[t] = tokenizer_decode(x->tok, text.ids[t], model->config.vocab_size);
@@ -12889,6 +12975,8 @@ static const char *beam_fate(struct Explain *x, const struct BeamSearch *search,
     bool ends = candidate->id % BEAM_V == BEAM_END || length == BEAM_STEPS;
     if (!ends || rank >= search->config->num_beams)
         return x->pt ? "descartado" : "dropped";
+    /* Each token adds a negative number. Without division by a power of the length, a short text
+     * would have an advantage that it has not earned. */
     float score = (float)(candidate->value / pow((double)length, search->config->length_penalty));
     bool is_low = score < search->finished[search->finished_count - 1].score;
     const char *verdict = !is_low ? "" : x->pt ? ", baixo" : ", too low";
@@ -13610,6 +13698,7 @@ static struct KLCells kl_cells(struct Explain *x) {
         c.mean_k1 += c.p[i] * c.k1[i];
         c.mean_k3 += c.p[i] * c.k3[i];
     }
+    /* by its definition; both means equal it, for k3 because the q_v add up to 1 as the p_v do */
     c.kl = kl_exact(p_logits, p_lse, q_logits, q_lse, n);
     return c;
 }
@@ -13783,6 +13872,7 @@ static void explain_reinforce(struct Explain *x) {
 
     /* 2. Baseline, advantage, loss. */
     enum Baseline baseline = explain_baseline(x, a.n);
+    /* all answers are to one prompt: for rloo they are one group */
     reinforce_advantages(baseline, rewards, a.n, a.n, mean_of(rewards, a.n), advantages);
     /* for `mean` the mean R of these answers stands in for that of earlier steps */
     double loss = reinforce_loss(advantages, logps, a.n, dlogps);
@@ -13944,6 +14034,8 @@ static void tell_gae_ends(struct Explain *x, const struct Answers *a, const stru
                           const struct GaeCells *g) {
     /* one token is enough: return and whitening treat all alike */
     tell(x, GAE_TEXT[4]);
+    /* The advantage is return - value, so adding the value back yields what the value head ought to
+     * have said. */
     formula(x,
             arena_printf(x->arena, "return = raw A + value                 %s",
                          first_label(x, a, 0)),
@@ -14293,7 +14385,9 @@ static struct GRPOConfig explain_grpo_config(const struct Json *example, size_t 
     /* words become enums; what the example leaves open is as in a step of its own */
     size_t loss_type = get_choice(example, "loss_type", GRPO_LOSS_NAMES);
     size_t scale_rewards = get_choice(example, "scale_rewards", SCALE_REWARDS_NAMES);
+    /* importance_sampling_level is left at 0: each token has a ratio of its own */
     return (struct GRPOConfig){
+        /* the answers are one group, however many there are */
         .num_generations = answers,
         .num_iterations = 1,
         .max_completion_length = (size_t)get_number(example, "max_completion_length"),
@@ -14338,6 +14432,7 @@ static struct GRPOCells grpo_cells(struct Explain *x, const struct Answers *a,
             .tokens = tokens + a->start[b],
             .dlogprobs = dlogprobs + a->start[b],
         };
+    /* one micro-batch: what bnpo and dapo divide by is all of its tokens */
     c.total = grpo_loss(&c.config, c.answers, a->n, (double)a->R);
 
     /* 2. its structs, column by column */
@@ -14363,6 +14458,7 @@ static float *tell_grpo_advantages(struct Explain *x, const struct Answers *a) {
     float *advantages = arena_floats(x->arena, a->n);
     for (size_t b = 0; b < a->n; b++)
         scores[b] = (float)get_number(a->object[b], "score");
+    /* one answer alone is its own mean, and its advantage 0 whatever it scored */
     CHECK(a->n > 1, "%sanswers: a group has two answers or more; found: %zu", x->place, a->n);
     grpo_advantages(&config, scores, a->n, advantages);
     struct ScoreMoments group = score_moments(scores, a->n);
@@ -14378,6 +14474,7 @@ static float *tell_grpo_advantages(struct Explain *x, const struct Answers *a) {
         put_number(x, a->object[b], "advantage", advantages[b]);
     }
     line(x, "\n  %s 1", x->pt ? "resposta" : "answer");
+    /* group and batch divide by the same number here: the batch is this one group */
     bool is_scaled = config.scale_rewards != SCALE_REWARDS_NONE;
     if (is_scaled) {
         formula(x, "A = (score - mean) / (std + 1e-4)", "grpo_advantages");
@@ -14405,6 +14502,7 @@ static void tell_grpo_token(struct Explain *x, const struct Answers *a, const st
          D(c->ratio[t]));
     formula(x, "near  = clip(ratio, 1 - epsilon, 1 + epsilon_high)", "grpo_token_loss");
     line(x, "        = clip(%s, %s, %s) = %s", D(c->ratio[t]), D(lowest), D(highest), D(near));
+    /* both losses, so that one sees which of them counts and whether the token is clipped */
     formula(x, "max(-A * ratio, -A * near)", "grpo_token_loss");
     line(x, "        = max(%s, %s) = %s", D(-A * c->ratio[t]), D(-A * near),
          D(MAX(-A * c->ratio[t], -A * near)));
@@ -14423,6 +14521,7 @@ static void tell_grpo_kl(struct Explain *x, const struct Answers *a, const struc
     line(x, "        = %s - %s = %s", D(c->ref_logprobs[t]), OP(c->new_logprobs[t]), D(d));
     formula(x, is_corrected ? "kl    = ratio (e^d - 1 - d)" : "kl    = e^d - 1 - d", "kl_k3");
     line(x, "        = %s", D(c->kl[t]));
+    /* the clip stops the first of these terms; the KL goes on pulling, and its slope with it */
     formula(x, "loss  = max(-A * ratio, -A * near) + beta * kl", "grpo_token_loss");
     line(x, "        = %s + %s * %s = %s", D(MAX(-A * c->ratio[t], -A * near)), D(c->config.beta),
          D(c->kl[t]), D(c->loss[t]));
@@ -14439,6 +14538,7 @@ static void tell_grpo_mean(struct Explain *x, const struct Answers *a, const str
         line(x, "  %-12s%9zu%9.4f%s", label, c->answers[b].length, share,
              b ? "" : "             grpo_token_share");
     }
+    /* one token is enough: in the slopes of all others only the numbers differ */
     line(x, "\n  %s", first_label(x, a, 0));
     formula(x,
             x->pt ? "inclin. = peso * (d1 + beta (1 - e^d)), onde"
@@ -14449,6 +14549,7 @@ static void tell_grpo_mean(struct Explain *x, const struct Answers *a, const str
                : "  d1 = 0 if clipped, else -A * ratio%s",
          c->config.use_bias_correction_kl ? ", + beta * kl" : "");
     line(x, "        = %s", D(c->dlogprob[0]));
+    /* with bnpo and dapo this is the mean of the loss column, with the others not always */
     formula(x,
             x->pt ? "loss = soma de peso * loss de cada token"
                   : "loss = sum of weight * loss of every token",
@@ -14478,6 +14579,7 @@ static void explain_grpo(struct Explain *x) {
     tell(x, GRPO_TEXT[1]);
     tell_answers(x, &a, ratios, COUNT(ratios));
     tell_grpo_token(x, &a, &c, 0);
+    /* an example without a clipped token in answer 1 shows its first token alone */
     size_t t = 1;
     while (t < a.start[1] && !c.is_clipped[t])
         t++;
