@@ -11434,9 +11434,9 @@ struct Course {
     double *train_rating, *held_out_rating;
     size_t train_n, held_out_n;
     struct Example *prompts, *test_prompts; /* beginnings of train and of held-out texts */
-    /* The texts are docs/reviews.jsonl. Of a pair whose mean ratings are 1 or more apart, one of the
-     * first text's 15 or more raters gave the higher rating than one of the second's in 0.94 of
-     * cases (ties half): more a judge who learns from these ratings can hardly reach. */
+    /* The texts are docs/reviews.jsonl. Of two texts whose mean ratings are 1 or more apart, a
+     * single rater of the better one gave more than a single rater of the other in 0.94 of cases
+     * (ties count half): a judge that learns from these ratings can hardly do better. */
     bool is_shipped;
     struct RewardProgram *program; /* --reward_command, or NULL */
     bool only_program; /* it judges in the reward model's place, which is not trained */
@@ -22586,7 +22586,8 @@ struct Talk {
 /* Signals that end the program: it must not leave a judge behind. */
 static const int ENDING_SIGNALS[] = {SIGINT, SIGTERM, SIGHUP, SIGQUIT};
 static void (*volatile earlier_handler[COUNT(ENDING_SIGNALS)])(int);
-static volatile pid_t judging; /* the judge's process group */
+static volatile pid_t judging; /* the judge's process group; 0: it is about to be started */
+static volatile sig_atomic_t ended_early; /* the signal that came before it was */
 
 /* Ctrl-C while a program judges. In a training the first one waits for the end of the step as
  * elsewhere (chapter 25). Otherwise the judge is ended, then the program. */
@@ -22598,13 +22599,19 @@ static void interrupt_judging(int signal_number) {
         earlier_handler[i] = SIG_DFL;
         return;
     }
+    /* before there is a judge: program_run ends it as soon as it is there */
+    if (!judging) {
+        ended_early = signal_number;
+        return;
+    }
     kill(-judging, SIGKILL);
     signal(signal_number, SIG_DFL);
     raise(signal_number);
 }
 
-static void judging_begin(pid_t pid) {
-    judging = pid;
+static void judging_begin(void) {
+    judging = 0;
+    ended_early = 0;
     for (size_t i = 0; i < COUNT(ENDING_SIGNALS); i++) {
         earlier_handler[i] = signal(ENDING_SIGNALS[i], interrupt_judging);
         /* nohup: what is ignored stays ignored */
@@ -22616,6 +22623,9 @@ static void judging_begin(pid_t pid) {
 static void judging_end(void) {
     for (size_t i = 0; i < COUNT(ENDING_SIGNALS); i++)
         signal(ENDING_SIGNALS[i], earlier_handler[i]);
+    /* it could not even be started */
+    if (ended_early)
+        raise(ended_early);
 }
 
 /* What a program reads, as JSON Lines. */
@@ -22776,6 +22786,7 @@ static struct ProgramRun program_run(const struct RewardProgram *program, struct
     /* 1. A program that has ended must not end us when we write to it. */
     void (*broken_pipe)(int) = signal(SIGPIPE, SIG_IGN);
     bool piped = talk_pipe(in, 1) && talk_pipe(out, 0) && talk_pipe(err, 0);
+    judging_begin();
     t.run.error = piped ? talk_start(&t, program->words, in, out, err) : errno;
     talk_close(&in[0]);
     talk_close(&out[1]);
@@ -22788,18 +22799,20 @@ static struct ProgramRun program_run(const struct RewardProgram *program, struct
      *    then be another's. */
     if (!t.run.error) {
         int status = 0;
-        judging_begin(t.pid);
+        judging = t.pid;
+        if (ended_early)
+            interrupt_judging(ended_early);
         talk(&t, seconds_now() + program->timeout, n);
         kill(-t.pid, SIGKILL);
         while (waitpid(t.pid, &status, 0) < 0 && errno == EINTR)
             continue;
-        judging_end();
         t.run.status = WIFEXITED(status) ? WEXITSTATUS(status) : 0;
         t.run.signal = WIFSIGNALED(status) ? WTERMSIG(status) : 0;
     }
     talk_close(&t.in);
     talk_close(&t.out);
     talk_close(&t.err);
+    judging_end();
     signal(SIGPIPE, broken_pipe);
     if (t.output)
         t.run.output = text_copy(arena, (struct Text){t.output, t.used});

@@ -1569,7 +1569,7 @@ def one_signal(command, number, times):
         process.send_signal(number)
         time.sleep(0.1)
     said = process.communicate(timeout=30)[1].decode("utf-8", "replace")
-    time.sleep(0.1)
+    time.sleep(0.5)
     left = [pid for pid in read("jury/pid").split() if is_running(int(pid))]
     if left:
         return "still there: %s" % left
