@@ -12050,15 +12050,16 @@ static void course_grpo(struct Course *course) {
         .epsilon_high = 0.2,
         .loss_type = GRPO_LOSS_DAPO,
         .scale_rewards = SCALE_REWARDS_GROUP,
-        /* TRL's default is 0. Here distance has a price, as for PPO and DPO: beside theirs, a
-         * reward that was gained at no price would say little. */
-        .beta = 0.04,
+        /* TRL's default is 0. Here distance has a price, as for PPO and DPO. With beta 0.04 and a
+         * learning rate of 1e-3 the reward was 2.4, but at a KL of 69 nats: "a funny, and a funny,
+         * and a compelling", whatever the prompt. */
+        .beta = 0.1,
         .use_bias_correction_kl = true,
-        /* a model of 64 positions knows best what it has read at the beginning */
+        /* the answers are learnt from where they were written: see grpo_pad_left */
         .padding_side = PADDING_RIGHT,
     };
     struct Trainer trainer =
-        course_trainer(course, "grpo", course->grpo, 1e-3, course->grpo_steps, 64, 5);
+        course_trainer(course, "grpo", course->grpo, 3e-4, course->grpo_steps, 64, 5);
     /* each step, so that its curve can be laid beside PPO's */
     trainer.args.logging_steps = 1;
     struct RolloutTrainer *grpo = grpo_trainer_new(course->grpo, course->language_model, config,
