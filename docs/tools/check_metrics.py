@@ -86,7 +86,7 @@ def written(work):
         with open(os.path.join(work, name), "w", encoding="utf-8") as f:
             f.writelines(json.dumps(row) + "\n" for row in rows)
     with open(os.path.join(work, "judge"), "w", encoding="utf-8") as f:
-        f.write("#!/bin/sh\nwhile read line; do test $((n += 1)) = 1 && echo null || echo $n; done\n")
+        f.write("#!/bin/sh\necho null\nread first\nwhile read line; do echo $((n += 1)); done\n")
     os.chmod(os.path.join(work, "judge"), 0o755)
     subprocess.run(["make", "-s", "align_bench"], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     one = subprocess.run(
