@@ -2,7 +2,8 @@
  *   node docs/tools/web_node.js align.html [FOLDER]
  * FOLDER's files are those the program sees; those it writes come back there. Reads one JSON array
  * of arguments a line from stdin, runs them in order, and writes a JSON line for each:
- * {code, stdout, stderr, seconds, memory}. An object {args, env, stdin} does instead of an array. */
+ * {code, stdout, stderr, seconds, memory}. An object {args, env, stdin} does instead of an array.
+ */
 "use strict";
 const fs = require("fs");
 const path = require("path");
