@@ -6,7 +6,7 @@ For each trainer, with and without LoRA, one run is left alone. Others, with the
 killed (SIGKILL) at random moments, some of them several times, then resumed from the newest
 checkpoint until they end. Every folder checkpoint-N that a killed run leaves must load, and the
 final weights, logs and rollouts must equal, byte for byte, those of the run that was left alone,
-but for what a clock says. Needs ./align. Ends with 'N passed, N failed'.
+but for what a clock says. The course (rlhf) is killed once in each of its stages. Needs ./align. Ends with 'N passed, N failed'.
 """
 
 import argparse
@@ -319,6 +319,40 @@ def interrupted_evaluation():
     return "the second Ctrl-C did not end it"
 
 
+def killed_course():
+    """rlhf, killed in each of its stages as soon as that has a checkpoint, then to its end.
+
+    The models and the results are those of a course that was left alone.
+    """
+    command = f"rlhf --model_name_or_path {work}/lm --dataset_name {work}/texts.jsonl"
+    command += " --pretrain_steps 30 --reward_steps 20 --ppo_steps 10 --dpo_steps 20"
+    command += " --resume_from_checkpoint true"
+    stages = ["language_model", "reward_model", "ppo", "dpo"]
+    alone, out, kills = f"{work}/course", f"{work}/killed_course", 0
+    subprocess.run(align(command, alone), check=True, capture_output=True)
+    for stage in stages:
+        silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+        process = subprocess.Popen(align(command, out), **silent)
+        while process.poll() is None and not checkpoints(f"{out}/{stage}"):
+            time.sleep(0.002)
+        kills += process.poll() is None
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    if kills < len(stages):
+        return kills, f"killed {kills} times: a stage ended before its kill"
+    done = subprocess.run(align(command, out), capture_output=True, text=True)
+    if done.returncode:
+        return kills, f"resuming failed: {done.stderr.strip()}"
+    for stage in stages:
+        if contents(f"{out}/{stage}") != contents(f"{alone}/{stage}"):
+            return kills, f"{stage} differs"
+    machine = {"seconds": 0, "peak_rss_bytes": 0}
+    results = [json.loads(read(folder, "summary.json")) | machine for folder in (out, alone)]
+    if results[0] != results[1]:
+        return kills, f"summary.json: {results}"
+    return kills, "resumed in each stage, with the same models, logs and results"
+
+
 passed = failed = total = 0
 
 
@@ -343,6 +377,8 @@ judge("sft, Ctrl-C in the last evaluation", interrupted_evaluation())
 for name in ("sft", "ppo, LoRA"):
     judge(f"{name}, Ctrl-C", interrupted_run(*runs[name]))
 judge("ppo, started over", started_over(*runs["ppo"]))
+kills, word = killed_course()
+judge("rlhf, killed in each stage", word, kills)
 while total < arguments.kills:
     for name, run in runs.items():
         if total >= arguments.kills:

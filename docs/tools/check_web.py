@@ -18,8 +18,10 @@ rise by a standard deviation, an example changed and compared with ./align, own 
 save and load; no console error, no request (of which the probe is proved by one that is made)."""
 
 import argparse
+import base64
 import hashlib
 import http.server
+import io
 import json
 import math
 import os
@@ -31,6 +33,7 @@ import sys
 import tempfile
 import threading
 import time
+import zipfile
 
 import browser as chromium
 import firefox
@@ -39,9 +42,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 TOOLS = ROOT / "docs" / "tools"
 ALIGN = str(ROOT / "align")
 SHORT = {"pretrain": 300, "reward": 100, "ppo": 16, "dpo": 4}
-WHOLE = {"pretrain": 2000, "reward": 450, "ppo": 85, "dpo": 150}
+WHOLE = {"pretrain": 3200, "reward": 450, "ppo": 85, "dpo": 150}
 STEPS, LOSS_LIMIT, NUMBER_LIMIT = 50, 1e-4, 1e-6
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "ALIGN_KERNEL": "base"}
+GROUPS = "--num_generations 4 --per_device_train_batch_size 8"
 SHAPE = "--n_layer 2 --n_head 2 --n_embd 32 --n_positions 64 --vocab_size 600"
 passed = failed = 0
 
@@ -103,25 +107,29 @@ def make_data(folder):
         f"reward --model_name_or_path lm {texts} --max_steps 10 --output_dir rm",
         f"ppo --model_name_or_path lm --reward_model_path rm {texts} --batch_size 8"
         f" --mini_batch_size 4 --max_steps {STEPS} --output_dir rolled",
+        # groups: num_generations answers in a row have one query
+        f"grpo --model_name_or_path lm --reward_model_path rm {texts} {GROUPS}"
+        f" --max_completion_length 20 --max_steps {STEPS} --output_dir grouped",
     ):
         done = native(words.split() + ["--quiet"], folder)
         if done.returncode:
             raise RuntimeError(f"align {words}: {done.stderr}")
-    shutil.copy(folder / "rolled/rollouts.jsonl", folder)
+    for made in ("rolled", "grouped"):
+        shutil.copy(folder / made / "rollouts.jsonl", folder / f"{made}.jsonl")
 
 
 def trainers():
     few = f"--max_steps {STEPS} --logging_steps 1 --learning_rate 1e-3"
     base, texts = "--model_name_or_path lm", "--dataset_name texts.jsonl"
     small = "--per_device_train_batch_size 4"
-    scored = f"{base} --reward_model_path rm --batch_size 8 {few}"
     return {
         "pretrain": f"pretrain {SHAPE} {texts} {few} {small}",
         "sft": f"sft {base} {texts} {few} {small}",
         "reward": f"reward {base} {texts} {few} {small}",
         # the same answers for both: a token near the edge of a draw would make two runs of one
-        "ppo": f"ppo {base} --rollouts rollouts.jsonl --batch_size 8 --mini_batch_size 4 {few}",
-        "reinforce": f"reinforce {scored} {texts}",
+        "reinforce": f"reinforce {base} --rollouts grouped.jsonl --batch_size 8 {few}",
+        "ppo": f"ppo {base} --rollouts rolled.jsonl --batch_size 8 --mini_batch_size 4 {few}",
+        "grpo": f"grpo {base} --rollouts grouped.jsonl --beta 0.04 {GROUPS} {few}",
         "dpo": f"dpo {base} --dataset_name pairs.jsonl {few} {small}",
     }
 
@@ -216,7 +224,8 @@ def check_explain(html, folder):
         elif done.stdout != result["stdout"]:
             other_text.append(words[1])
         most = max(most, result["seconds"])
-    detail = f"{len(names)} topics, {most * 1000:.0f} ms at most; text differs: {other_text or 'none'}"
+    detail = f"{len(names)} topics, {most * 1000:.0f} ms at most;"
+    detail += f" text differs: {other_text or 'none'}"
     check("explain: JSON as native within 1e-6", len(names) >= 16 and not wrong, wrong or detail)
 
 
@@ -239,13 +248,20 @@ def check_errors(html, folder):
         if result["code"] != done.returncode or result["stderr"] != said:
             detail = f"{result['code']} {result['stderr']!r}, native {done.returncode} {said!r}"
         check(f"error: {case}", detail == result["stderr"].strip() and result["code"] > 0, detail)
+    # a browser has no programs to start
+    words = "ppo --model_name_or_path lm --reward_command cat --dataset_name texts.jsonl"
+    result = node(html, folder, [f"{words} --output_dir no".split()])[0]
+    said = result["stderr"].strip()
+    expected = "align: --reward_command: programs can be started on Linux"
+    ok = result["code"] == 1 and said.startswith(expected) and "\n" not in said
+    check("error: --reward_command", ok, said)
     huge = "--vocab_size 600 --n_layer 48 --n_head 64 --n_embd 8192 --dataset_name texts.jsonl"
     result = node(html, folder, [f"pretrain {huge} --output_dir no".split()])[0]
     said = result["stderr"].strip().splitlines()[-1]
     check("out of memory is a line", result["code"] == 1 and "out of memory" in said, said)
     prompt = "Não é só água — 水, 🙂"
-    result = node(html, folder, [["next", "--model_name_or_path", "lm", "--prompt", prompt, "--json"]])
-    came = json.loads(result[0]["stdout"])["prompt"]
+    words = ["next", "--model_name_or_path", "lm", "--prompt", prompt, "--json"]
+    came = json.loads(node(html, folder, [words])[0]["stdout"])["prompt"]
     check("arguments and output in UTF-8", came == prompt, came)
 
 
@@ -310,7 +326,8 @@ def check_stops(page, name):
     # steps that come while paused, and afterwards
     script = f"""(async () => {{
       let steps = 0, held = -1;
-      const done = {run(words + "paused", "{progress: e => { if (e.step === 30) engine.pause(); steps++; }}")};
+      const count = e => {{ if (e.step === 30) engine.pause(); steps++; }};
+      const done = {run(words + "paused", "{progress: count}")};
       while (!engine.paused) await new Promise(r => setTimeout(r, 5));
       await new Promise(r => setTimeout(r, 1000));
       const before = steps;
@@ -413,10 +430,6 @@ def check_saved(page, name, folder):
     weights = "out/ppo/model.safetensors"
     before = page.evaluate(WEIGHTS + f"('{weights}')")
     text = page.evaluate("btoa(Array.from(alignSaved, c => String.fromCharCode(c)).join(''))", 120)
-    import base64
-    import io
-    import zipfile
-
     with zipfile.ZipFile(io.BytesIO(base64.b64decode(text))) as saved:
         inside = saved.namelist()
         broken = saved.testzip()
@@ -430,7 +443,8 @@ def check_saved(page, name, folder):
     page.evaluate("engine.remove('out')")
     page.evaluate(
         "(e => { const t = new DataTransfer(); t.items.add(new File([alignSaved], 'run.zip'));"
-        f" e.files = t.files; e.dispatchEvent(new Event('change', {{bubbles: true}})); }})({test('load')})"
+        " e.files = t.files; e.dispatchEvent(new Event('change', {bubbles: true})); })"
+        f"({test('load')})"
     )
     wait(page, f"{test('load-state')}.dataset.state === 'done'", 60)
     after = page.evaluate(f"Boolean(engine.read('{weights}'))") and page.evaluate(
@@ -473,7 +487,8 @@ def check_probe(kind, name, folder):
         time.sleep(1)
         page.evaluate("1")
         said = " ".join(page.errors)
-        found += ["asks the network" in said, re.search("Content.Security.Policy", said) is not None]
+        found.append("asks the network" in said)
+        found.append(re.search("Content.Security.Policy", said) is not None)
         page.close()
     server.shutdown()
     ok = found[0] and found[3] and not server.asked

@@ -31,7 +31,10 @@ WEB = ROOT / "docs" / "web"
 LIMIT = 6 << 20
 SHIM = "@bjorn3/browser_wasi_shim"
 SHIM_VERSION = "0.4.2"
-SHIM_SHA512 = "/iHkCVUG3VbcbmEHn5iIUpIrh7a7WPiwZ3sHy4HZKZzBdSadwdddYDZAII2zBvQYV0Lfi8naZngPCN7WPHI/hA=="
+SHIM_SHA512 = (
+    "/iHkCVUG3VbcbmEHn5iIUpIrh7a7WPiwZ3sHy4HZKZzB"
+    "dSadwdddYDZAII2zBvQYV0Lfi8naZngPCN7WPHI/hA=="
+)
 # What the program reads, and what the page shows.
 FILES = """tokenizer.bin LICENSE align.c docs/glossary.md docs/report.html docs/reviews.jsonl
     docs/reviews.LICENSE.txt docs/exercises.md docs/exercises.pt-BR.md

@@ -2,7 +2,8 @@
  *   node docs/tools/web_node.js align.html [FOLDER]
  * FOLDER's files are those the program sees; those it writes come back there. Reads one JSON array
  * of arguments a line from stdin, runs them in order, and writes a JSON line for each:
- * {code, stdout, stderr, seconds, memory}. An object {args, env, stdin} does instead of an array. */
+ * {code, stdout, stderr, seconds, memory}. An object {args, env, stdin} does instead of an array.
+ */
 "use strict";
 const fs = require("fs");
 const path = require("path");
@@ -36,10 +37,11 @@ function* filesBelow(folder, inside = "") {
 
 async function main([page, folder]) {
   const html = fs.readFileSync(page, "utf8"), files = {};
-  for (const [, name, base64] of html.matchAll(/<script type="text\/plain" data-asset="(.*?)">(.*?)<\/script>/gs))
-    files[name] = await Engine.unpack(base64);
+  const asset = /<script type="text\/plain" data-asset="(.*?)">(.*?)<\/script>/gs;
+  for (const [, name, base64] of html.matchAll(asset)) files[name] = await Engine.unpack(base64);
   const {"align.wasm": wasm, "worker.js": worker, ...rest} = files;
-  const engine = await Engine.start({wasm, worker: new TextDecoder().decode(worker), files: rest, spawn});
+  const source = new TextDecoder().decode(worker);
+  const engine = await Engine.start({wasm, worker: source, files: rest, spawn});
   const given = new Map();
   if (folder)
     for (const name of filesBelow(folder)) {

@@ -30,6 +30,13 @@ const TOPICS = {
       table: ["logprobs", "ref_logprobs", "values", "new_logprobs", "new_values"] },
     models: ["model", "ref", "reward"],
     terms: ["proximal policy optimization (PPO)", "probability ratio and clipping", "rollout"] },
+  grpo: {
+    fields: ["epsilon", "epsilon_high", "beta", "use_bias_correction_kl", "scale_rewards",
+      "loss_type", "max_completion_length"],
+    answers: { fields: ["score"], table: ["logprobs", "ref_logprobs", "new_logprobs"] },
+    models: ["model", "ref", "reward"],
+    terms: ["group relative policy optimization (GRPO)", "probability ratio and clipping",
+      "Kullback-Leibler divergence (KL)"] },
   dpo: { fields: ["beta", "label_smoothing"], sides: ["chosen", "rejected"], models: ["model", "ref"],
     terms: ["direct preference optimization (DPO)", "beta parameter (β)"] },
   exact: { fields: ["beta"], table: ["ref_probabilities", "rewards"],
@@ -60,9 +67,18 @@ const RANGES = {
   vf_coef: [0, 1, 0.05],
   score: [-3, 3, 0.1],
   label_smoothing: [0, 0.5, 0.05],
+  epsilon: [0, 0.9, 0.05],
+  epsilon_high: [0, 0.9, 0.05],
+  use_bias_correction_kl: [0, 1, 1],
+  max_completion_length: [4, 16, 1],
 };
 
-const BASELINES = ["rloo", "mean", "none"];
+/* Fields whose value is one of a few words. */
+const CHOICES = {
+  baseline: ["rloo", "mean", "none"],
+  scale_rewards: ["group", "batch", "none"],
+  loss_type: ["grpo", "bnpo", "dr_grpo", "dapo"],
+};
 
 /* What is shown: the topic, the example as it stands, the text that was printed last, the prediction
  * that is asked, and those that are answered or skipped. */
@@ -190,21 +206,21 @@ function exampleField(path, name) {
     setAt(shown.example, path, number);
     compute();
   };
-  if (name === "baseline") return baselineField(path, value);
+  if (name in CHOICES) return choiceField(path, name, value);
   const [low, high, step] = RANGES[name];
   return field({ name, label: name, about: t(`hint.${name}`), low, high, step, value, test,
     changed });
 }
 
-function baselineField(path, value) {
-  const choose = el("select", { id: "field-baseline", "data-test": "explain-baseline",
+function choiceField(path, name, value) {
+  const choose = el("select", { id: `field-${name}`, "data-test": `explain-${name}`,
     change: event => {
       setAt(shown.example, path, event.target.value);
       compute();
     } },
-  ...BASELINES.map(one => el("option", { value: one, selected: one === value }, one)));
-  return el("div", { class: "field" }, el("label", { for: "field-baseline" }, "baseline"),
-    choose, el("span", { class: "about" }, t("hint.baseline")));
+  ...CHOICES[name].map(one => el("option", { value: one, selected: one === value }, one)));
+  return el("div", { class: "field" }, el("label", { for: `field-${name}` }, name),
+    choose, el("span", { class: "about" }, t(`hint.${name}`)));
 }
 
 /* Lists side by side: a row for each token, a column for each list. */
@@ -410,6 +426,7 @@ const TOPIC_FUNCTIONS = {
   reinforce: ["reinforce_advantages", "reinforce_loss"],
   gae: ["gae_step", "gae", "whiten"],
   ppo: ["ppo_rewards", "ppo_token_loss", "ppo_value_loss", "ppo_loss"],
+  grpo: ["grpo_advantages", "grpo_token_loss", "grpo_token_share", "grpo_loss"],
   dpo: ["dpo_pair_loss", "sequence_logprob"],
   exact: ["exact_optimum", "exact_figures"],
   attention: ["attention_scores", "attention_softmax", "attention_forward"],
