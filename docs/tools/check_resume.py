@@ -6,7 +6,8 @@ For each trainer, with and without LoRA, one run is left alone. Others, with the
 killed (SIGKILL) at random moments, some of them several times, then resumed from the newest
 checkpoint until they end. Every folder checkpoint-N that a killed run leaves must load, and the
 final weights, logs and rollouts must equal, byte for byte, those of the run that was left alone,
-but for what a clock says. The course (rlhf) is killed once in each of its stages. Needs ./align. Ends with 'N passed, N failed'.
+but for what a clock says. The course (rlhf) is killed once in each of its stages. Needs ./align.
+Ends with 'N passed, N failed'.
 """
 
 import argparse
