@@ -10604,7 +10604,7 @@ static void test_glossary_terms(void) {
         expect_true(name, strncmp(out.data, name + 2, strlen(name + 2)) == 0);
         terms++;
     }
-    expect_count("terms", terms, 62);
+    expect_count("terms", terms, 63);
 }
 
 /* =============================================================================================

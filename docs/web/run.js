@@ -6,7 +6,7 @@
  * the seconds that they took in a browser on one core: a start, and a share for each step. They only
  * say how long a run will take before it has begun; then its own pace counts. */
 const STAGES = [
-  { name: "1/4 language model", flag: "pretrain_steps", test: "pretrain-steps", steps: 2000,
+  { name: "1/4 language model", flag: "pretrain_steps", test: "pretrain-steps", steps: 3200,
     start: 3, cost: 0.048, curves: [["loss", "eval_loss"]] },
   { name: "2/4 reward model", flag: "reward_steps", test: "reward-steps", steps: 450,
     start: 6, cost: 0.17, curves: [["accuracy", "eval_accuracy"]] },
