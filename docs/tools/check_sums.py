@@ -61,6 +61,10 @@ def main():
         block = BLOCK.search(file.read())
     if not block:
         sys.exit("docs/sums.md: a block of commands was expected")
+    # a script's folder is searched before the library: rewards/keyword.py would break `import re`
+    for name in os.listdir(os.path.join(ROOT, "docs/rewards")):
+        if name.partition(".")[0] in getattr(sys, "stdlib_module_names", ()):
+            sys.exit("docs/rewards/%s hides Python's module of that name; rename it" % name)
     commands = block.group(1).replace("\\\n", " ").splitlines()
 
     passed = 0

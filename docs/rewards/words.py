@@ -1,4 +1,4 @@
-"""A reward for each of some words in the answer: python3 docs/rewards/keyword.py good great"""
+"""A reward for each of some words in the answer: python3 docs/rewards/words.py good great"""
 
 import json
 import sys
