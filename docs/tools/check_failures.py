@@ -817,8 +817,7 @@ case("NaN as a score", replay + "--rollouts nan.jsonl", 1,
      "nan.jsonl:1: not JSON: NaN is not JSON; write null, or leave the field out")
 write("null.jsonl", '{"query_ids": [1], "response_ids": [2], "score": null}\n')
 case("null as a score", replay + "--rollouts null.jsonl", 1,
-     'null.jsonl:1: expected "score" + "query_ids" + "response_ids", found "query_ids" +'
-     ' "response_ids"')
+     'null.jsonl: rollout 1 has no "score"; a number was expected')
 write("huge.jsonl", '{"query_ids": [1], "response_ids": [2], "score": 1e39}\n')
 case("A score that no float holds", replay + "--rollouts huge.jsonl", 1,
      'huge.jsonl:1: "score" must be a number, at most 3.4e38')
@@ -1558,8 +1557,10 @@ def one_signal(command, number, times):
     if os.path.exists("jury/pid"):
         os.remove("jury/pid")
     words = [program] + shlex.split(command + judge("slow", script + " | head -n 4"))
+    # a background job of a shell, as this may be, ignores Ctrl-C, and so would its children
     process = subprocess.Popen(words, stderr=subprocess.PIPE, env=environment,
-                               stdout=subprocess.DEVNULL)
+                               stdout=subprocess.DEVNULL,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     end = time.time() + 30
     while not (os.path.exists("jury/pid") and len(read("jury/pid").split()) == 2):
         if time.time() > end:
