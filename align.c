@@ -9958,7 +9958,8 @@ static void grpo_metrics(struct RolloutTrainer *trainer, const struct GRPOAnswer
  * policy wrote its answer with the prompt at position 0. That is a weakness: what is learnt is how
  * to answer 4 places further on. padding_side right trains where the answers were written; it makes
  * no difference if all prompts have the same length. docs/sums.md has an example, in which shorter
- * prompts rose from 0.505 right to 0.516 with left, and to 0.689 with right. (Here padding itself is never computed.)
+ * prompts rose from 0.505 right to 0.516 with left, and to 0.689 with right. (Here padding itself
+ * is never computed.)
  * By hand: prompts of 3 and 7 tokens: positions 4, 5, 6, ... and 0, 1, 2, ...
  *                                                                       test: grpo_positions */
 static void grpo_pad_left(const struct Batch *batch, const struct Rollout *rollouts, size_t longest,
