@@ -182,7 +182,7 @@ static int rename_over(const char *from, const char *to);
 #define PRINTF_FORMAT gnu_printf
 #else
 #include <sys/ioctl.h>
-#ifndef __wasi__ /* WebAssembly has neither madvise nor getrusage */
+#ifndef __wasi__ /* WebAssembly has no madvise, no getrusage and no other programs */
 #include <sys/mman.h>
 #include <sys/resource.h>
 #include <poll.h>
@@ -1257,7 +1257,7 @@ struct GRPOConfig {
 
 /* Mean and standard deviation (estimated without bias) of those scores that exist: a reward program
  * may give an answer no score, which is NaN here. Of none the mean, and of a single one the
- * deviation, is NaN. */
+ * deviation, is NaN.   By hand: 1, none, 4: mean 2.5.                    test: score_missing */
 struct ScoreMoments {
     double mean, std;
 };
@@ -1267,6 +1267,7 @@ static struct ScoreMoments score_moments(const float *scores, size_t n) {
     double count = 0;
     double sum = 0;
     for (size_t i = 0; i < n; i++) {
+        /* adding a NaN would make the whole mean NaN */
         if (isnan(scores[i]))
             continue;
         count++;
@@ -1298,10 +1299,10 @@ static void grpo_advantages(const struct GRPOConfig *config, const float *scores
                             float *advantages) {
     size_t G = config->num_generations;
     struct ScoreMoments batch = score_moments(scores, n);
-    for (size_t i = 0; i < n; i++) {
+    for (size_t first = 0; first < n; first += G) {
         /* 1. the group, and what its answers are divided by: 1e-4 keeps a group without any
          *    difference, whose deviation is 0, from dividing 0 by 0 */
-        struct ScoreMoments group = score_moments(scores + i / G * G, G);
+        struct ScoreMoments group = score_moments(scores + first, G);
         double divisor = 1;
         if (config->scale_rewards == SCALE_REWARDS_GROUP)
             divisor = group.std + 1e-4;
@@ -1309,8 +1310,10 @@ static void grpo_advantages(const struct GRPOConfig *config, const float *scores
             divisor = batch.std + 1e-4;
 
         /* 2. No score, or no other answer to compare it with: nothing to learn. */
-        double advantage = (scores[i] - group.mean) / divisor;
-        advantages[i] = isnan(advantage) ? 0 : (float)advantage;
+        for (size_t i = first; i < first + G; i++) {
+            double advantage = (scores[i] - group.mean) / divisor;
+            advantages[i] = isnan(advantage) ? 0 : (float)advantage;
+        }
     }
 }
 
@@ -1410,8 +1413,8 @@ static double grpo_token_share(const struct GRPOConfig *config, size_t length, s
 struct GRPOAnswer {
     size_t length; /* tokens */
     double advantage;
-    const float *old_logprobs,
-        *logprobs; /* (length) of the policy that wrote it, of the policy now */
+    const float *old_logprobs; /* (length) of the policy that wrote it */
+    const float *logprobs; /* (length) of the policy now */
     const float *ref_logprobs; /* (length) NULL: beta is 0 */
     struct GRPOTokenLoss *tokens; /* (length) */
     float *dlogprobs; /* (length) d loss of the batch / d logprob */
@@ -8392,9 +8395,8 @@ static void scorer_score(const struct Scorer *scorer, struct Arena *arena,
     if (!scorer->reward_model || !scorer->program)
         return;
 
-    /* 2. or both */
-    /* The program does not see what the model thinks, or the other way round: neither can lean on
-     * the other. */
+    /* 2. Or both. The program does not see what the model thinks, or the other way round: neither
+     *    can lean on the other. */
     float *second = arena_floats(arena, n);
     scorer_program(scorer, arena, sequences, n, policy, others, second);
     for (size_t i = 0; i < n; i++)
@@ -8422,21 +8424,6 @@ static size_t scores_given(const float *score, size_t n, float *given) {
     return count;
 }
 
-/* mean_score -- the mean of those of n scores that are there (not NaN); NaN if none is.
- * By hand: 1, none, 4: 2.5.                                              test: score_missing */
-static double mean_score(const float *score, size_t n) {
-    double sum = 0;
-    size_t count = 0;
-    for (size_t i = 0; i < n; i++) {
-        /* adding a NaN would make the whole mean NaN */
-        if (isnan(score[i]))
-            continue;
-        sum += score[i];
-        count++;
-    }
-    return count ? sum / (double)count : NAN;
-}
-
 /* score_missing -- gives answers without a score one from which nothing is learnt.
  * in, out  score (n), those of a prompt's `group` answers side by side; NaN: none
  * What a policy learns from a score is how far it lies from a baseline: the mean of the answers to
@@ -8447,10 +8434,10 @@ static double mean_score(const float *score, size_t n) {
  * the mean of all, 3.                                                    test: score_missing */
 static void score_missing(float *score, size_t n, size_t group) {
     /* 1. the mean of all, before anything is filled in */
-    double all = mean_score(score, n);
+    double all = score_moments(score, n).mean;
     for (size_t first = 0; first < n; first += group) {
         size_t count = MIN(group, n - first);
-        double mean = mean_score(score + first, count);
+        double mean = score_moments(score + first, count).mean;
 
         /* 2. a group in which none has a score takes that of all, and if there is none either, 0 */
         if (isnan(mean))
@@ -8612,7 +8599,6 @@ struct PPOTrainer {
     struct PPOConfig config;
     size_t optimizer_steps; /* a step of PPO takes several of them */
     struct Rng order; /* shuffles the answers into mini-batches */
-    struct Arena epoch_arena; /* of one mini-batch */
     struct StatsVector vectors[10]; /* of a line of stats_all, what is no single number */
     size_t vector_count;
     float *advantages, *ratio; /* (ppo_epochs R) of each token in each update; NULL: not kept */
@@ -8636,6 +8622,7 @@ struct RolloutTrainer {
     struct RunningMoments moments; /* PPO: of scores; REINFORCE: of R, for BASELINE_MEAN */
     size_t step, total_steps;
     struct Arena arena; /* of one step */
+    struct Arena part_arena; /* of one mini-batch (PPO) or micro-batch (GRPO) */
     struct LogEntry stats; /* of the last step: a line of the log */
     enum Baseline baseline; /* of REINFORCE */
     struct GRPOConfig grpo;
@@ -8718,6 +8705,11 @@ static struct RolloutTrainer *grpo_trainer_new(struct GPT2 *model, struct GPT2 *
     return trainer;
 }
 
+/* Does step number `step`, from 0, begin with new answers? They serve num_iterations steps. */
+static bool batch_begins(const struct RolloutTrainer *trainer, size_t step) {
+    return step % trainer->num_iterations == 0;
+}
+
 static double rollout_learning_rate(const struct RolloutTrainer *trainer) {
     return trainer->args.learning_rate
            * schedule_factor(&trainer->args, trainer->step, trainer->total_steps);
@@ -8725,7 +8717,7 @@ static double rollout_learning_rate(const struct RolloutTrainer *trainer) {
 
 static void rollout_trainer_free(struct RolloutTrainer *trainer) {
     arena_free(&trainer->arena);
-    arena_free(&trainer->ppo.epoch_arena);
+    arena_free(&trainer->part_arena);
     free(trainer);
 }
 
@@ -9512,7 +9504,7 @@ static void ppo_mini_batch(struct RolloutTrainer *trainer, const struct Rollout 
                            double weight, double stats[PPO_STATS]) {
     /* The arena holds one mini-batch's activations: they are by far the largest part of memory,
      * and mini_batch_size decides how large. */
-    struct Arena *arena = &trainer->ppo.epoch_arena;
+    struct Arena *arena = &trainer->part_arena;
     arena_reset(arena);
     trainer->model->trace.has_acts = false; /* those of the mini-batch before */
 
@@ -9850,19 +9842,18 @@ static void grpo_log_lengths(struct RolloutTrainer *trainer, const struct Rollou
 static void grpo_log_scores(struct RolloutTrainer *trainer, const float *scores, size_t n) {
     size_t G = trainer->num_generations;
     struct ScoreMoments batch = score_moments(scores, n);
-    double zero = 0;
-    for (size_t i = 0; i < n; i++) {
-        /* i / G * G is the group's first answer: all G of them get the same verdict */
-        struct ScoreMoments group = score_moments(scores + i / G * G, G);
-        bool by_batch = trainer->grpo.scale_rewards == SCALE_REWARDS_BATCH;
-        /* 1e-8: what torch.isclose takes for 0 */
-        zero += (by_batch ? batch.std : group.std) <= 1e-8;
+    bool by_batch = trainer->grpo.scale_rewards == SCALE_REWARDS_BATCH;
+    size_t zero = 0;
+    for (size_t first = 0; first < n; first += G) {
+        /* all answers of a group get the same verdict; 1e-8: what torch.isclose takes for 0 */
+        struct ScoreMoments group = score_moments(scores + first, G);
+        zero += (by_batch ? batch.std : group.std) <= 1e-8 ? G : 0;
     }
     log_value(&trainer->stats, "reward", batch.mean);
     log_value(&trainer->stats, "reward_std", batch.std);
     /* Near 1, the prompts are too easy or too hard for this policy: it pays for many answers and
      * learns from few. */
-    log_value(&trainer->stats, "frac_reward_zero_std", zero / (double)n);
+    log_value(&trainer->stats, "frac_reward_zero_std", (double)zero / (double)n);
 }
 
 /* A new batch of answers: their advantages, and room for what the policy and the reference say of
@@ -9980,12 +9971,12 @@ static void grpo_pad_left(const struct Batch *batch, const struct Rollout *rollo
  *                                                      [glossary: Modelo de referência] */
 static struct LMHead grpo_forward(struct RolloutTrainer *trainer, const struct Batch *batch,
                                   size_t first) {
-    struct Arena *arena = &trainer->ppo.epoch_arena;
+    struct Arena *arena = &trainer->part_arena;
     struct GRPOBatch *p = &trainer->grpo_batch;
     struct LMHead head = batch_logprobs(trainer->model, arena, batch, trainer->temperature, true);
     /* Replacing the old log-probabilities at a later update would set every ratio back to 1: the
      * clip could never act, however far the policy had gone. */
-    if (trainer->step % trainer->num_iterations != 0)
+    if (!batch_begins(trainer, trainer->step))
         return head;
 
     /* both rows hold the tokens of all micro-batches, one after the other */
@@ -10004,7 +9995,7 @@ static struct LMHead grpo_forward(struct RolloutTrainer *trainer, const struct B
  * follow; head: what the policy says of their tokens now. */
 static struct GRPOAnswer *grpo_answers(struct RolloutTrainer *trainer, const struct LMHead *head,
                                        size_t first, size_t n) {
-    struct Arena *arena = &trainer->ppo.epoch_arena;
+    struct Arena *arena = &trainer->part_arena;
     const struct GRPOBatch *p = &trainer->grpo_batch;
     struct GRPOTokenLoss *tokens = arena_alloc(arena, head->R, sizeof *tokens);
     /* one row for all answers, since the output layer takes all tokens' slopes at once */
@@ -10033,7 +10024,7 @@ static struct GRPOAnswer *grpo_answers(struct RolloutTrainer *trainer, const str
  * returns the loss divided by `parts`; gradients are added to the model's. test: grpo_gradient */
 static double grpo_micro_batch(struct RolloutTrainer *trainer, const struct Rollout *rollouts,
                                size_t first, size_t n, double parts) {
-    struct Arena *arena = &trainer->ppo.epoch_arena;
+    struct Arena *arena = &trainer->part_arena;
     arena_reset(arena);
     trainer->model->trace.has_acts = false; /* those of the micro-batch before */
 
@@ -10055,8 +10046,8 @@ static double grpo_micro_batch(struct RolloutTrainer *trainer, const struct Roll
     grpo_metrics(trainer, answers, n, (double)row_sum(head.entropy, head.R), parts);
     check_finite(trainer->model, "the loss", loss);
 
-    /* 3. Back through the output layer and the blocks, as in ppo_backward, without a value head. */
-    /* the first answer's slopes, with those of all others behind them */
+    /* 3. Back through the output layer and the blocks, as in ppo_backward, without a value head.
+     *    The first answer's slopes have those of all others behind them. */
     float *dlogprobs = answers->dlogprobs;
     for (size_t i = 0; i < head.R; i++)
         dlogprobs[i] = (float)(dlogprobs[i] / parts);
@@ -10074,7 +10065,7 @@ static void grpo_step(struct RolloutTrainer *trainer, const struct Rollout *roll
     /* 1. new answers: who was better than its group? */
     trainer->stats.n = 0;
     /* the first update of a batch finds every ratio at 1; only a later one can be clipped */
-    if (trainer->step % trainer->num_iterations == 0)
+    if (batch_begins(trainer, trainer->step))
         grpo_begin_batch(trainer, rollouts);
 
     /* 2. the gradient, one micro-batch after the other */
@@ -10142,7 +10133,7 @@ static size_t rollout_log_files(const struct RolloutTrainer *trainer) {
 static void rollout_write_logs(struct RolloutTrainer *trainer, struct Output *logs,
                                const struct Rollout *rollouts, double rollout_seconds) {
     bool is_ppo = trainer->algorithm == ALGORITHM_PPO;
-    bool is_new = (trainer->step - 1) % trainer->num_iterations == 0;
+    bool is_new = batch_begins(trainer, trainer->step - 1);
     /* how long writing the answers took, only the caller knows */
     if (is_ppo)
         log_value(&trainer->stats, "time/ppo/rollout", rollout_seconds);
@@ -10223,7 +10214,7 @@ static void rollout_count(const struct RolloutTrainer *trainer, struct TrainerSt
     double batches = (double)trainer->step / (double)trainer->num_iterations;
     state->epoch = batches * (double)(B / trainer->num_generations) / n;
     /* a token counts once, when its answer is new, not at each update that reads it */
-    if ((trainer->step - 1) % trainer->num_iterations != 0)
+    if (!batch_begins(trainer, trainer->step - 1))
         return;
     for (size_t b = 0; b < B; b++)
         state->num_tokens += rollouts[b].example.n;
@@ -10259,7 +10250,7 @@ static void rollout_train_step(struct RolloutTrainer *trainer, struct RolloutSou
 
     /* 1. The policy, as it is now, answers; or stored answers take the place of its own. GRPO may
      *    learn from the same answers again. */
-    bool is_new = trainer->step % trainer->num_iterations == 0;
+    bool is_new = batch_begins(trainer, trainer->step);
     if (is_new && source->replay)
         replay_rollouts(source->replay, trainer->step / trainer->num_iterations, trainer, arena,
                         rollouts);
@@ -10316,7 +10307,7 @@ static void rollout_train(struct RolloutTrainer *trainer, struct RolloutSource *
     struct Rollout *rollouts = NULL;
     while (trainer->step < steps) {
         /* 2. rollouts, and a step on them; before new ones are written, the last are forgotten */
-        if (trainer->step % trainer->num_iterations == 0) {
+        if (batch_begins(trainer, trainer->step)) {
             arena_reset(&arena);
             rollouts = arena_alloc(&arena, trainer->batch_size, sizeof *rollouts);
         }
@@ -10328,7 +10319,7 @@ static void rollout_train(struct RolloutTrainer *trainer, struct RolloutSource *
 
         /* 4. A checkpoint if one is due; after Ctrl-C the program ends here. Not while the answers
          *    are still in use: a checkpoint does not contain them. */
-        if (trainer->step % trainer->num_iterations == 0)
+        if (batch_begins(trainer, trainer->step))
             checkpoint_step(&checkpoint);
     }
 
@@ -10878,9 +10869,16 @@ static const struct {
     double learning_rate;
     size_t steps;
 } EXACT[EXACT_POLICIES] = {
-    [EXACT_REFERENCE] = {"reference", 0, 0},   [EXACT_OPTIMUM] = {"optimum", 0, 0},
-    [EXACT_GRPO_LIMIT] = {"grpo limit", 0, 0}, [EXACT_DPO] = {"dpo", 8e-3, 250},
-    [EXACT_PPO] = {"ppo", 2e-3, 400},          [EXACT_REINFORCE] = {"reinforce", 2e-3, 500},
+    /* known by a formula */
+    [EXACT_REFERENCE] = {"reference", 0, 0},
+    /* chapter 5's */
+    [EXACT_OPTIMUM] = {"optimum", 0, 0},
+    /* exact_grpo_limit */
+    [EXACT_GRPO_LIMIT] = {"grpo limit", 0, 0},
+    /* trained, each as long as its noise takes to average out */
+    [EXACT_DPO] = {"dpo", 8e-3, 250},
+    [EXACT_PPO] = {"ppo", 2e-3, 400},
+    [EXACT_REINFORCE] = {"reinforce", 2e-3, 500},
     [EXACT_GRPO] = {"grpo", 5e-3, 1000},
 };
 
@@ -10920,13 +10918,13 @@ static double kl_of_logps(const double *p, const double *q, size_t n) {
  * KL = ln 2 - 0.5623 = 0.1308, J = 1.5 - 0.0654 = 1.4346. For any policy,
  * J + beta KL(pi || pi*) = beta log Z.           test: exact_figures, exact_optimum_objective */
 static struct ExactFigures exact_figures(const struct ExactWorld *w, const double *logps) {
-    struct ExactFigures f = {0};
+    struct ExactFigures f = {
+        .kl_to_optimum = kl_of_logps(logps, w->logps[EXACT_OPTIMUM], w->n),
+        .kl = kl_of_logps(logps, w->logps[EXACT_REFERENCE], w->n),
+    };
     for (size_t i = 0; i < w->n; i++) {
         /* every figure is a mean under the policy: each answer counts with its probability */
-        double p = exp(logps[i]);
-        f.kl_to_optimum += p * (logps[i] - w->logps[EXACT_OPTIMUM][i]);
-        f.reward += p * w->r[i];
-        f.kl += p * (logps[i] - w->logps[EXACT_REFERENCE][i]);
+        f.reward += exp(logps[i]) * w->r[i];
     }
 
     /* J: what the policy earns, minus the price of having moved */
@@ -11534,7 +11532,7 @@ static struct PolicyResult policy_measure(const struct GPT2 *policy, const struc
     struct Scorer plain = *exam->scorer;
     plain.least_length = 0;
     scorer_score(&plain, arena, result.answers, n, &policy->config, exam->others, result.reward);
-    result.mean_reward = mean_score(result.reward, n);
+    result.mean_reward = score_moments(result.reward, n).mean;
 
     /* 4. what the reward has cost */
     result.distinct_2 = distinct_2(result.texts, n);
@@ -19216,8 +19214,8 @@ static void course_print(struct Course *course) {
                r[k].distinct_2, r[k].mean_length);
 
     /* 3. A command line to go on with, quoted so that it can be pasted into a shell. */
-    printf("\nThe models are in %s/{language_model,%sppo,dpo}. Try them:\n", course->output_dir,
-           course->only_program ? "" : "reward_model,");
+    printf("\nThe models are in %s/{language_model,%sppo,dpo%s}. Try them:\n", course->output_dir,
+           course->only_program ? "" : "reward_model,", course->grpo_steps ? ",grpo" : "");
     const char *policy = shell_word(arena, arena_printf(arena, "%s/ppo", course->output_dir));
     printf("  %s generate --model_name_or_path %s --prompt \"The film is\" --do_sample --top_k 0 "
            "--temperature %g",
