@@ -9872,10 +9872,11 @@ static struct Text answered(int argc, const char *a, const char *b) {
 
 /* What main answers itself. */
 static void test_cli_about(void) {
+    /* a kernel that ALIGN_KERNEL requests and this processor lacks is noted before the version */
     struct Text version = answered(2, "--version", NULL);
-    expect_true("--version", strstr(version.data, "align ") == version.data
-                                 && strstr(version.data, "\nkernel: ")
-                                 && strstr(version.data, "\nthreads: "));
+    expect_holds("--version", version, "align 1.0\n");
+    expect_holds("--version", version, "\nkernel: ");
+    expect_holds("--version", version, "\nthreads: ");
     expect_text("-h", answered(2, "-h", NULL), answered(2, "--help", NULL).data);
     expect_text("help", answered(2, "help", NULL), answered(1, NULL, NULL).data);
     expect_holds("help dpo", answered(3, "help", "dpo"), "align dpo -- ");

@@ -147,7 +147,7 @@ static _Noreturn void fuzz_exit(int status) {
 #define putchar(c) fputc(c, fuzz_stdout)
 #define puts(s) fprintf(fuzz_stdout, "%s\n", s)
 #define exit(status) fuzz_exit(status)
-#define signal(number, handler) ((void)(number), (void)(handler))
+#define signal(number, handler) ((void)(number), (void)(handler), SIG_DFL)
 /* what ships is looked for in the current folder */
 #define readlink(path, to, n) (*(to) = 0, (ssize_t) - 1)
 #define fsync(descriptor) ((void)(descriptor), 0)
@@ -327,8 +327,14 @@ static void read_jsonl(const struct Text *parts, const unsigned *shapes, size_t 
     }
     struct Rollout rollouts[2];
     struct GPT2 model = {.config = CONFIG};
+    struct RolloutTrainer trainer = {
+        .algorithm = ALGORITHM_GRPO,
+        .model = &model,
+        .batch_size = COUNT(rollouts),
+        .num_generations = 1,
+    };
     if (data->shape == SHAPE_ROLLOUT)
-        replay_rollouts(data, 0, &model, &arena, rollouts, COUNT(rollouts));
+        replay_rollouts(data, 0, &trainer, &arena, rollouts);
     arena_free(&arena);
 }
 
@@ -641,6 +647,20 @@ static bool seed_ids(size_t k, struct Text *parts) {
     TEXTS("32 257 299\n0", "[1, 2,\t3]\r\n256");
 }
 
+/* What a reward program wrote for three answers. */
+static void read_scores(const struct Text *parts) {
+    struct RewardProgram program = {.command = "program"};
+    float numbers[3];
+    program_read(&program, parts[0], COUNT(numbers), numbers);
+    for (size_t i = 0; i < COUNT(numbers); i++)
+        if (isinf(numbers[i]))
+            finding("an infinite score; number", i, 0);
+}
+
+static bool seed_scores(size_t k, struct Text *parts) {
+    TEXTS("1\nnull\n-0.5e1", " 0.25\r\n 3 \nnull\n");
+}
+
 static void read_glossary(const struct Text *parts) {
     struct Options o = default_options("glossary");
     char word[200];
@@ -744,6 +764,7 @@ static const struct FuzzReader READERS[] = {
      {"fuzzed/trainer_state.json"}},
     {"text", read_bytes, seed_bytes, {PART_TEXT}, 1, 256 * KB, 256, {"nothing is refused"}},
     {"ids", read_ids, seed_ids, {PART_TEXT}, 1, 256 * KB, 16, {"fuzzed/ids.txt"}},
+    {"scores", read_scores, seed_scores, {PART_TEXT}, 1, 256 * KB, 256, {"--reward_command"}},
     {"glossary", read_glossary, seed_glossary, {PART_TEXT, PART_TEXT}, 2, 256 * KB, 256,
      {"docs/glossary.md"}},
     {"arguments", read_arguments, seed_arguments, {PART_TEXT}, 1, 256 * KB, 64,
