@@ -6,8 +6,12 @@ set pagination off
 set width 0
 set environment ALIGN_KERNEL plain
 file ./align_debug
+# What is printed or computed here is done by gdb alone, without a call into the program: where the
+# processor has AMX, gdb 13 cannot make one ("Couldn't write extended state status"), and a text in
+# quotes behind printf is one, too.
 define value
-  printf "| %s = %.5g\n", "$arg0", (double)($arg0)
+  set $name = "$arg0"
+  printf "| %s = %.5g\n", $name, (double)($arg0)
 end
 document value
 value EXPRESSION -- a number, five digits of it; true is 1, false 0.
@@ -39,7 +43,8 @@ end
 define tensor_row
   set $columns = ($arg0).n / ($arg0).shape[0]
   set $i = 0
-  printf "| %s %s[%d]:", "$arg1", ($arg0).name, $arg2
+  set $name = "$arg1"
+  printf "| %s %s[%d]:", $name, ($arg0).name, $arg2
   while $i < $columns && $i < 6
     printf " %.4f", ($arg0).$arg1[($arg2) * $columns + $i++]
   end
@@ -103,20 +108,57 @@ end
 document batch
 batch BATCH -- the sequences of a struct Batch.
 end
+# exp(x) into $exp: four terms of its series at x / 1024, squared ten times; far below 0, 0.
+define exponential
+  set $exp = 0.0
+  if $arg0 > -80
+    set $x = ($arg0) / 1024.0
+    set $exp = 1 + $x * (1 + $x / 2 * (1 + $x / 3 * (1 + $x / 4)))
+  end
+  set $k = 0
+  while $k++ < 10
+    set $exp = $exp * $exp
+  end
+end
 define top
-  set $p = (float *)memcpy((void *)malloc(4 * ($arg1)), $arg0, 4 * ($arg1))
-  set $lse = softmax($p, $arg1)
-  set $sum = 0.0
+  set $largest = $arg0[0]
   set $i = 0
-  while $i++ < $arg2 && $p[$best = argmax($p, $arg1)] > 0
-    set $sum += $p[$best]
-    printf "| %.4f %.4f", $p[$best], $sum
-    token $best
-    printf "\n"
-    set $p[$best] = -1
+  while ++$i < $arg1
+    if $arg0[$i] > $largest
+      set $largest = $arg0[$i]
+    end
+  end
+  set $total = 0.0
+  set $i = -1
+  while ++$i < $arg1
+    exponential $arg0[$i]-$largest
+    set $total += $exp
+  end
+  set $sum = 0.0
+  set $last = $largest
+  set $last_id = -1
+  set $n = 0
+  while $n++ < $arg2
+    set $best = -1
+    set $i = -1
+    while ++$i < $arg1
+      if $arg0[$i] < $last || ($arg0[$i] == $last && $i > $last_id)
+        if $best < 0 || $arg0[$i] > $arg0[$best]
+          set $best = $i
+        end
+      end
+    end
+    exponential $arg0[$best]-$largest
+    if $exp > 0
+      set $sum += $exp / $total
+      printf "| %.4f %.4f", $exp / $total, $sum
+      token $best
+      printf "\n"
+    end
+    set $last = $arg0[$best]
+    set $last_id = $best
   end
 end
 document top
-top LOGITS n k -- the k likeliest of n tokens: probability, running sum, id, text (by align.c's own
-softmax and argmax).
+top LOGITS n k -- the k likeliest of n tokens: probability, running sum, id, text.
 end
