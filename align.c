@@ -71,23 +71,21 @@
  * Other paths. What is a policy, an omega, a rollout? Chapters 4, 2, 17. How does a transformer
  * learn at all? Chapters 9, 10, 11, 15. How does a gradient reach the embedding? The drawing at
  * struct Batch (chapter 8: which row predicts which token), then the one that opens chapter 17 and
- * the functions it names. How is a token chosen? Chapter 6. By term: [glossary: TERM] marks the
- * places where a term is at work. The terms are those of the course's glossary, and a few more;
- * `align glossary TERM` prints one in both languages. With numbers: `align explain TOPIC` takes one
- * example through it all (chapter 21).
+ * the functions it names; with numbers, `align explain backprop`. How is a token chosen? Chapter 6.
+ * By term: [glossary: TERM] marks the places where a term is at work. The terms are those of IBM's
+ * course "Generative AI Advance Fine-Tuning for LLMs" ("the course" in what follows), in its
+ * Portuguese, and a few more; `align glossary TERM` takes the English name, too, and prints both.
+ * With numbers: `align explain TOPIC` takes one example through it all (chapter 21); it is another
+ * one than chapter 4's. To move about: search for " * Chapter 17 -", or for a function's name and
+ * "(" in a line that begins with "static".
  *
  * What the comments refer to. TRL, transformers and PEFT are Hugging Face's libraries; this program
  * uses their names, formats and numbers. "By hand" is a case to check with a calculator. A "test:"
  * is in test_align.c, run by `./test_align NAME`: it checks the function against such a case, the
  * numbers of those libraries ("golden") or a difference quotient.
  *
- * To step through:  make debug && gdb --args ./align_debug exact   (it needs no data)   then
- * break ppo_token_loss, run, finish: gdb prints the token's loss, slope and ratio. The first ratios
- * are 1. To stop where they have moved, type `ignore 1 1152` before `run`: a pass has 384 tokens,
- * a step two, and in the first step the learning rate is 0. To see the clip,
- * `break ppo_token_loss if advantage > 0 && logprob - old_logprob > 0.1824`: the slope is 0. (With
- * one thread REINFORCE trains first, and a stop comes minutes later.) At ppo_backward there is a
- * model: p model->h[0].attn.c_attn.weight.w[0]@8. docs/debugging.md has guided tours.
+ * To step through in gdb: `make debug`, then the end of chapter 17's essay, or the guided tours of
+ * docs/debugging.md.
  *
  * Symbols. In shapes and loops a capital letter has one meaning (but in chapters 9 and 12, A, B, C,
  * M, N and K are the letters of matrix algebra):
@@ -95,10 +93,10 @@
  *    R rows of a batch that predict a token which counts in a loss
  *    C n_embd, the width       L n_layer                   NH n_head    HS = C/NH, a head's size
  *    V vocab_size              K num_beams (chapter 13)
- * Two small letters are used twice: model->h[l] is block l, as in transformers, and in attention
- * h is the number of a head; v is an id in a loop over the vocabulary, and in attention v_j is a
- * value vector, as q_t is a query and k_j a key.
- * Letters of a single formula (x, y, e, r, R(y)) are explained beside it. wte and wpe are GPT-2's
+ * Small letters belong to the formula or the loop beside which they are explained. Two mislead
+ * easily: model->h[l] is block l, as in transformers, but in attention h is the number of a head; v
+ * is an id in a loop over the vocabulary, but in attention v_j is a value vector, as q_t is a query
+ * and k_j a key. wte and wpe are GPT-2's
  * names for the matrices of its word (token) and word position embeddings. A matrix (M,N) is
  * row-major: element (i,j) is at i*N + j. "The derivative by x" is the partial derivative with
  * respect to x; that of the loss is called dx. Logarithms are natural, so log-probabilities,
@@ -741,8 +739,9 @@ static double sentiment_loss(const float *reward, const double *label, size_t n,
  * Four words that are easily confused:
  *   r        what the reward model says of a text; chapters 3, 5 and 16 call it its reward
  *   score    r on a convenient scale (scorer_scale, chapter 17): one number for each answer
- *   reward   of a token: -beta times its share of the KL, plus the score if it is the last one
- *   R(y)     the sum of an answer's rewards, score - beta (log pi(y) - log pi_ref(y))
+ *   reward   of a token: -beta times its log pi - log pi_ref, plus the score if it is the last
+ *   R(y)     the sum of an answer's rewards, score - beta (log pi(y) - log pi_ref(y)). The mean of
+ *            this difference over pi's answers is KL(pi || pi_ref) (kl_exact): J is the mean of R
  *
  * The chapter goes one step at a time; each step mends a weakness of the one before:
  *   REINFORCE        score times grad log pi: unbiased, but very noisy
@@ -753,16 +752,17 @@ static double sentiment_loss(const float *reward, const double *label, size_t n,
  *   PPO              use the same answers for several updates, but stop before they are outdated
  *   GRPO             no value head: several answers to each prompt, each compared with the others
  *
- * One answer through the whole chapter (beta 0.2, score 1.0, gamma 1, lambda 0.95, clip 0.2):
+ * One answer through the whole chapter (beta 0.2, score 1.0, gamma 1, lambda 0.95, clip 0.2). On a
+ * first reading go down to `reward`; `value` to `whitened` after gae, the rest after ppo_loss:
  *
  *     token            " very"   " good"     "."
  *     log pi            -1.20     -0.50    -0.10     of the policy that wrote it
  *     log pi_ref        -1.70     -0.50    -0.20     of the reference
  *     KL estimate        0.50      0.00     0.10     kl_k1
- *     reward            -0.10      0.00     0.98     kl_reward; the last includes the score, 1.0
+ *     reward            -0.10      0.00     0.98     kl_reward; ppo_rewards adds the score at "."
  *     value              0.50      0.40     0.30     the value head's guess, made before the token,
  *                                                    of the sum of rewards from this token on
- *     delta             -0.20     -0.10     0.68     gae_step: reward + next value - value
+ *     delta             -0.20     -0.10     0.68     gae_step: reward + value of next token - value
  *     advantage          0.3187    0.546    0.68     gae_step: delta + 0.95 * next advantage
  *       without KL       0.4368    0.565    0.70     the same with beta 0: what the penalty took
  *     return             0.8187    0.946    0.98     advantage + value: the value head's target
@@ -817,7 +817,7 @@ static double unbiased_variance(const float *x, size_t n) {
  * some tokens of a batch are raised, others lowered: the worse of two good ones goes down.
  * (The mean that is subtracted contains each token's own advantage, as a baseline should not, see
  * reinforce_advantages; among thousands that hardly matters.) Returns what a zero would have
- * become.
+ * become, for ppo_padding_advantage.
  * By hand: 1, 2, 6: mean 3, variance 7: -0.7559, -0.3780, 1.1339.     test: ppo_whiten_golden */
 static double whiten(float *x, size_t n, bool shift_mean) {
     /* Without the 1e-8, equal numbers, whose variance is 0, would become infinite or NaN. */
@@ -975,7 +975,7 @@ static float kl_penalty_token(enum KLPenalty kind, float logprob, float ref_logp
  * the whole answer, so it can be given only once that is complete: at the last token
  * (ppo_rewards). How it reaches the earlier tokens: gae_step. The penalty is paid once, by the
  * policy that wrote the answers, and stays as it is while PPO uses them for several updates. At the
- * first step policy and reference are the same: every kl is 0, and only the score is paid.
+ * first step the policy still is the reference: every kl is 0, and only the score is paid.
  * A token also answers for the penalties after it, since GAE adds up what follows. In the example
  * " very" loses 0.1181 by the KL: its own 0.10, and 0.9025 * 0.02 of the last token's.
  * kl_coef is beta as it is now.
@@ -1024,14 +1024,16 @@ static double kl_controller_update(const struct PPOConfig *config, double kl_coe
  * gamma discounts: a reward that comes k tokens later counts gamma^k times. Answers are short, so
  * RLHF leaves it at 1. lambda says how far to trust the value head; the example with three of them:
  *     lambda 0       A  -0.20   -0.10   0.68    delta alone: what is still to come is the head's
- *                                               guess. Little noise, but wrong where the head is
+ *                                               guess. Little noise, but the head errs, and
+ *                                               wherever it does, A does
  *     lambda 0.95    A   0.3187  0.546  0.68
  *     lambda 1       A   0.38    0.58   0.68    the plain sum of rewards from t on, minus value_t,
  *                                               which is only a baseline: unbiased, but noisy
  * At lambda 1 what the head says of later positions cancels (if gamma is 1):
  * -0.20 - 0.10 + 0.68 = 0.38 = (-0.10 + 0 + 0.98) - 0.50.
  * By hand: the chapter's last token: delta = 0.98 + 0 - 0.3 = 0.68, A = 0.68. The one before it:
- * delta = 0 + 0.3 - 0.4 = -0.1, A = -0.1 + 0.95 * 0.68 = 0.546.
+ * delta = 0 + 0.3 - 0.4 = -0.1, A = -0.1 + 0.95 * 0.68 = 0.546. The first: delta = -0.1 + 0.4 - 0.5
+ * = -0.2, A = -0.2 + 0.95 * 0.546 = 0.3187.
  *                                   test: gae_hand, ppo_advantages_golden; gdb: break gae_step */
 static double gae_step(double reward, double value, double next_value, double next_advantage,
                        double gamma, double lam) {
@@ -1084,14 +1086,14 @@ struct TokenLoss {
  * because the same answers serve several updates. How far may this one go on pushing the token in
  * the direction of its advantage A?
  *   ratio = exp(logprob - old_logprob)
- *   loss  = max(-A ratio, -A clip(ratio, 1 - e, 1 + e)),   e = clip_range           [6] Eq. 7
+ *   loss  = max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps)),   eps = clip_range     [6] Eq. 7
  * Why a ratio? The tokens were drawn from the old policy. A mean under pi is a mean under the old
  * one, weighted: E_pi[A] = E_old[(pi / pi_old) A], which is called importance sampling; -A ratio is
  * a term of it. (That the tokens before this one were the old policy's, too, is neglected: true
  * enough while the two are close.) At ratio 1 the slope by log pi is -A, as reinforce_loss has it:
  * PPO's first update is a REINFORCE step with better advantages.
  * Why a clip? Without it, a few updates on the same answer could make one lucky token certain. Once
- * the ratio has left [1 - e, 1 + e] in the direction of A (above it where A > 0, below it where
+ * the ratio has left [1 - eps, 1 + eps] in the direction of A (above it where A > 0, below it where
  * A < 0), the loss no longer depends on it: the slope is zero, and the token's own loss pushes it
  * no further (other tokens' gradients and Adam's momentum still may). If it has left in the other
  * direction, the token is still pulled back.
@@ -1099,7 +1101,7 @@ struct TokenLoss {
  * The advantages are whitened over the step's answers, so the mean loss over all of them is 0 then
  * (not that of each mini-batch); the gradient is not.
  * in   log-probabilities in nats; advantage (whitened); clip_range, usually 0.2
- * By hand, e = 0.2 (slope: by logprob, which is the slope by ratio, times ratio):
+ * By hand, eps = 0.2 (slope: by logprob, which is the slope by ratio, times ratio):
  *                        A = 2                            A = -2
  *     ratio 1.5          max(-3.0, -2.4), slope 0         max(3.0, 2.4), slope 3.0
  *     ratio 0.5          max(-1.0, -1.6), slope -1.0      max(1.0, 1.6), slope 0
@@ -1483,8 +1485,8 @@ static double grpo_loss(const struct GRPOConfig *config, struct GRPOAnswer *answ
  * Is all of chapter 4's machinery needed? The objective J(pi) = E[r] - beta KL(pi || pi_ref) has a
  * maximum that can be written down. At the maximum nothing is gained by moving probability from one
  * answer to another: the derivative of J by pi(y), r(y) - beta (log(pi(y) / pi_ref(y)) + 1), is the
- * same for all y. So log(pi / pi_ref) is r / beta plus a constant, and the constant makes the sum
- * 1 (exact_optimum has the proof). For one prompt x, omitted here:
+ * same for all y (not 0: the sum must stay 1). So log(pi / pi_ref) is r / beta plus a constant,
+ * which makes the sum 1 (exact_optimum has the proof). For one prompt x, omitted here:
  *
  *     pi*(y) = pi_ref(y) e^(r(y)/beta) / Z          Z = sum_y pi_ref(y) e^(r(y)/beta)    [5] Eq. 4
  *                                         [glossary: Distribuição ponderada por recompensa]
@@ -1495,12 +1497,14 @@ static double grpo_loss(const struct GRPOConfig *config, struct GRPOAnswer *answ
  *
  *     r(y) = beta log(pi*(y) / pi_ref(y)) + beta log Z                                   [5] Eq. 5
  *
- * Any policy pi is the best one for some reward: for beta log(pi / pi_ref), plus a constant for
- * each prompt. So take that as the reward, put it into Bradley-Terry's loss, and train pi itself:
- * it is a reward model that is already its own best policy. Only the difference of two rewards
- * counts there; both answers of a pair, c chosen and d rejected, belong to the same prompt, so
- * beta log Z cancels: r(c) - r(d) = beta log(pi(c) / pi_ref(c)) - beta log(pi(d) / pi_ref(d)).
- * Pairs train the policy directly: no reward model, no sampling, no value head.
+ * Turned round: whatever pi is, it is the best policy for the reward beta log(pi / pi_ref) plus a
+ * constant. So let this be the reward that Bradley-Terry's loss fits to the pairs: the weights that
+ * learn it are pi's own, and the policy is trained. Only a difference of rewards counts there. Both
+ * answers of a pair, y_w chosen and y_l rejected, have the same prompt, so beta log Z cancels:
+ *     r(y_w) - r(y_l) = beta log(pi(y_w) / pi_ref(y_w)) - beta log(pi(y_l) / pi_ref(y_l))
+ * and neither reward model nor sampling nor value head is needed. Why does it lead to the same pi*?
+ * If people choose as Bradley-Terry says, by r, and all pairs are seen, the loss is least where the
+ * implied differences are r's, at pi* (exact_dpo_loss, chapter 19). Few pairs only come near it.
  *
  *     reference         chosen -10.0    rejected -12.0        log-probabilities of whole answers
  *     policy            chosen  -8.0    rejected -13.0
@@ -1583,9 +1587,9 @@ struct DPOSide {
  * token of the rejected one drejected (target_logps_backward).
  * The sigmoid says how wrong the policy still is about this pair: a pair that it has learnt pulls
  * less and less. The reference is the zero point, but no limit: the loss goes on falling as
- * `logits` grows (dpo_ipo_pair has a limit). beta is a temperature: a small one lets the policy go
- * far before a pair is learnt, since `logits` has to reach about 1 / beta nats; a large one keeps
- * it near. At the start policy and reference agree: logits 0, loss ln 2 = 0.6931 for any beta.
+ * `logits` grows (dpo_ipo_pair has a limit). A small beta lets the policy go far
+ * before a pair is learnt, since `logits` has to reach about 1 / beta nats; a large one keeps it
+ * near. At the start policy and reference agree: logits 0, loss ln 2 = 0.6931 for any beta.
  * By hand: beta 0.1, chosen -8 (reference -10), rejected -13 (-12): logits 2 - (-1) = 3, loss
  * -log sigmoid(0.3) = 0.5544, dchosen -0.1 * sigmoid(-0.3) = -0.1 * 0.4256 = -0.0426, drejected
  * 0.0426. (At the start they were -0.05 and 0.05: the pair pulls less already.) dpo_loss still has
@@ -1775,7 +1779,7 @@ static double dpo_loss(const struct DPOConfig *config, size_t B, struct DPOSide 
  *     penalty 1.25     1.6      1.0      0.0    -2.0     " good" was there already: 2.0 / 1.25
  *     temperature 0.5  3.2      2.0      0.0    -4.0     divided by 0.5: differences double
  *     top-k 3          3.2      2.0      0.0    -inf     the three largest stay
- *     top-p 0.9        3.2      2.0     -inf    -inf     the first holds 0.745, the first two 0.970
+ *     top-p 0.9        3.2      2.0     -inf    -inf     of the three: 0.745; two: 0.970
  *     softmax          0.769    0.231    0       0
  *     u = 0.8 draws " long": the running sum 0.769, 1 passes 0.8 there
  *
@@ -1952,8 +1956,9 @@ static size_t top_p_cut(const struct Candidate *order, size_t n, double total, d
  * in, out  logits (V); p in [0, 1); min_keep: at least this many stay
  * By hand: probabilities 0.5, 0.3, 0.2. p = 0.45: the first alone, which holds 0.5; p = 0.6: the
  * first two, which hold 0.8. A set that holds exactly p is enough, as in transformers: with p = 0.5
- * the first stays alone. (The course's glossary, like some programs, wants more than p, and would
- * keep two.)
+ * the first stays alone. (Some programs want more than p, and would keep two.) p counts after the
+ * temperature and top-k. Equal logits are cut between, too, the smaller ids first: of four equal
+ * ones p = 0.5 leaves ids 2 and 3, where top-k would keep all four.
  * What is left is divided by its mass in sample_token: 0.5, 0.3 become 0.625, 0.375.
  *                                                                     test: generate_processors */
 static void process_top_p(float *logits, size_t V, double p, size_t min_keep) {
@@ -8213,25 +8218,22 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
  * With LoRA, wte.d is NULL: the derivative passes by on its way to the adapters, and only these and
  * the heads learn.
  *
- * One number both ways. Chapter 4's " very" has dlogprob 0.3957 and now p = e^-1.10 = 0.3329. Let
- * the vocabulary be " very", with the vector (0, 0) in wte, and one other token, with (0.6952, 0),
- * where 0.6952 = log((1 - p) / p), so that p is that;
- * let the model have no blocks and no layer norm, and let it have read the other token, with
- * (0.3048, 2) in wpe: hidden = (0.6952 + 0.3048, 0 + 2) = (1, 2). Each logit is hidden times a
- * vector of wte: 0 and 0.6952, so p = 0.3329 and 0.6671.
- *   d logits     0.3957 (1 - 0.3329) = 0.2640 for " very", 0.3957 (0 - 0.6671) = -0.2640
- *   output       d logit times hidden: wte.d gets (0.2640, 0.5280) for " very", (-0.2640, -0.5280)
- *                for the other
- *   d hidden     sum of d logit times wte: -0.2640 (0.6952, 0) = (-0.1835, 0), which is dx here
- *   embedding    the other was read, so wte.d gets dx for it, too: in all
- *                (-0.2640 - 0.1835, -0.5280 + 0) = (-0.4475, -0.5280); wpe.d gets the same dx
+ * One number both ways, in a model of two tokens without blocks and layer norms:
+ *     wte[" very"] = (0, 0)   wte["x"] = (0.6952, 0)   it has read "x" where wpe is (0.3048, 2)
+ *     hidden       wte["x"] + wpe = (1, 2)
+ *     logits       hidden times each vector of wte: 0 for " very", 0.6952 for "x"
+ *     p            0.3329 and 0.6671: chapter 4's e^-1.10 for " very", for which 0.6952 was chosen
+ *     given        0.3957, chapter 4's slope by log pi(" very")
+ *   d logits       0.3957 (1 - 0.3329) = 0.2640 for " very", 0.3957 (0 - 0.6671) = -0.2640 for "x"
+ *   output         d logit times hidden: wte.d gets (0.2640, 0.5280) for " very",
+ *                  (-0.2640, -0.5280) for "x"
+ *   d hidden       sum of d logit times wte: -0.2640 (0.6952, 0) = (-0.1835, 0), which is dx here
+ *   embedding      "x" was read, so wte.d gets dx for it, too: in all
+ *                  (-0.2640 - 0.1835, -0.5280 + 0) = (-0.4475, -0.5280); wpe.d gets the same dx
  * A step down, against wte.d, lowers the logit of " very".                         test: wte_hand
- * The value head joins at d hidden: its slope at " very", -0.0073, with the weights (0.5, 1) would
- * add (-0.0036, -0.0073). So it reaches wte as the embedding alone.
- * On a real model, in gdb: set environment ALIGN_KERNEL plain, break ppo_backward, run, then
- * watch -l model->wte.d[0] and continue: it stops in the output layer's product first, and then in
- * embedding_backward_strip.
- *
+ * A value head with the weights (0.5, 1) would add its slope, -0.00729, times these, (-0.0036,
+ * -0.0073), to d hidden: the value loss reaches wte as the embedding alone. Does all this, with a
+ * block in between: `align explain backprop`.
  * Which tokens' vectors in wte get a gradient? As the output layer, those of the whole vocabulary,
  * from each position that predicts a token of an answer (none from a clipped one, whose slope is
  * 0; its value's slope may still come in as the embedding). As the embedding, those of the tokens
@@ -8241,6 +8243,16 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
  * The numbers of a step, for 128 answers of 20 tokens each: B = 128 scores, one per answer, become
  * R = 2560 rewards, advantages and returns, one per token. With four epochs of one mini-batch each,
  * the weights move four times before the policy writes again.
+ *
+ * In gdb, without data:  make debug && gdb --args ./align_debug exact   then break ppo_token_loss,
+ * run, finish: gdb prints the token's loss, slope and ratio. The first ratios are 1. To stop where
+ * they have moved, type `ignore 1 1152` before `run`: a pass has 384 tokens, a step two, and in the
+ * first step the learning rate is 0. To see the clip, where the slope is 0,
+ * `break ppo_token_loss if advantage > 0 && logprob - old_logprob > 0.1824`: just above ln 1.2, so
+ * the ratio has passed 1.2. (With one thread REINFORCE trains first, and a stop comes minutes
+ * later.) At ppo_backward there is a model: p model->h[0].attn.c_attn.weight.w[0]@8. With
+ * set environment ALIGN_KERNEL plain, break ppo_backward, run, watch -l model->wte.d[0], continue
+ * gdb stops in the output layer's product first, and then in embedding_backward_strip.
  *
  * What enters: a policy, a frozen reference, prompts and a scorer, or stored rollouts. What
  * leaves: a policy that scores higher and stays near the reference.
