@@ -308,7 +308,7 @@ static uint64_t splitmix64(uint64_t *state) {
 
 /* The numbers only have to differ: those of related purposes are a hundred apart. */
 enum RngStream {
-    STREAM_INIT = 1, /* a new reward or value head draws from it, too */
+    STREAM_INIT = 1,
     STREAM_ORDER,
     STREAM_SAMPLE,
     STREAM_SPLIT,
@@ -318,7 +318,8 @@ enum RngStream {
     STREAM_PROMPT_ORDER = STREAM_ORDER + 100, /* of the command ppo's prompts */
     STREAM_ANSWER_LENGTH = STREAM_LENGTH + 100, /* of its answers; STREAM_LENGTH: of its prompts */
     STREAM_WTE = STREAM_INIT + 100,
-    STREAM_ADAPTER = STREAM_INIT + 200
+    STREAM_ADAPTER = STREAM_INIT + 200,
+    STREAM_HEAD = STREAM_INIT + 300
 };
 
 static struct Rng rng_seed(uint64_t seed, uint64_t stream) {
@@ -2111,14 +2112,19 @@ static struct ArenaBlock *arena_block(size_t capacity) {
     return block;
 }
 
-/* Memory for `count` items of `size` bytes, on a 64-byte boundary, not cleared. Running out of
- * memory ends the program. */
-static void *arena_alloc(struct Arena *arena, size_t count, size_t size) {
-    /* 1. Sizes come from files and flags. A product that overflowed would look like a small size,
-     *    and the caller would write beyond its piece. */
+/* Sizes come from files and flags. A product that overflowed would look like a small size, and the
+ * caller would write beyond its piece. */
+static void check_product(size_t count, size_t size) {
     CHECK(size == 0 || count <= (SIZE_MAX / 4) / size,
           "out of memory: %zu x %zu bytes asked for; use a smaller model, batch or --max_length",
           count, size);
+}
+
+/* Memory for `count` items of `size` bytes, on a 64-byte boundary, not cleared. Running out of
+ * memory ends the program. */
+static void *arena_alloc(struct Arena *arena, size_t count, size_t size) {
+    /* 1. a size that can be had at all */
+    check_product(count, size);
 
     /* 2. Rounded up to whole cache lines, so that the next piece begins on one as well. */
     size_t bytes = (count * size + ARENA_ALIGN - 1) / ARENA_ALIGN * ARENA_ALIGN;
@@ -2167,6 +2173,7 @@ static void *thread_scratch(enum ScratchSlot slot, size_t count, size_t size) {
     /* The contents are lost when a slot grows, and overwritten by its next user: scratch is for one
      * function, or for a caller and what it fills on its behalf. */
     static _Thread_local struct ArenaBlock *slots[SCRATCH_SLOTS];
+    check_product(count, size);
     if (!slots[slot] || slots[slot]->size < count * size) {
         aligned_free(slots[slot]);
         slots[slot] = arena_block(count * size);
@@ -3077,11 +3084,12 @@ static void collate_pair(struct Batch *batch, const struct Batch *plain,
     batch_append(batch, rejected->ids, prompt, rejected_rows);
 
     /* 2. One sequence that forks; or, if nothing is shared, two of the usual kind. */
+    size_t sequences = prompt == 0 ? 2 : 1;
     batch->shared[batch->B] = prompt;
     batch->fork[batch->B] = chosen_rows;
-    if (prompt == 0)
-        batch->start[++batch->B] = fork;
-    batch->start[++batch->B] = batch->N;
+    batch->start[batch->B + 1] = fork; /* of two sequences the second starts here */
+    batch->start[batch->B + sequences] = batch->N;
+    batch->B += sequences;
 
     /* 3. The last row of a shared prompt predicts the first token of both answers. */
     move_targets(batch, plain, b, (struct Placement){prompt, start, start + prompt});
@@ -3831,7 +3839,7 @@ struct Tensor {
     char name[64];
     size_t shape[2], ndim, n; /* n: the product of the shape */
     bool loaded; /* its numbers came from a file */
-    bool bits; /* its numbers are never used: any bits may be there instead of floats */
+    bool is_raw; /* words of 64 bits, not floats: some would be no finite numbers */
     float *w, *d, *m, *v;
 };
 
@@ -4458,9 +4466,8 @@ static void attention_backward(float *dqkv, const float *dout, const float *out,
         struct AttentionHead head = attention_head(qkv, batch, shape, task);
         /* dqkv, dout and out, each as the part that belongs to this head */
         struct AttentionGradient d = attention_gradient(dqkv, batch, shape, &head);
-        attention_backward_head(&d, matrix_block(all_dout, head.row, head.column, head.T, head.HS),
-                                matrix_block(all_out, head.row, head.column, head.T, head.HS), lse,
-                                &head);
+        attention_backward_head(&d, head_columns(all_dout, &head), head_columns(all_out, &head),
+                                lse, &head);
     }
 }
 
@@ -5462,7 +5469,7 @@ static void value_head_init(struct GPT2 *model, uint64_t seed) {
     /* a head that was trained before is kept */
     if (model->v_head.weight.n)
         return;
-    struct Rng rng = rng_seed(seed, STREAM_INIT);
+    struct Rng rng = rng_seed(seed, STREAM_HEAD);
     struct Linear *head = value_head_declare(model);
     /* the same bound for weight and bias, from the number of inputs, as in torch */
     tensor_uniform(&head->weight, &rng, model->config.n_embd);
@@ -7600,12 +7607,18 @@ static void language_sample(struct Trainer *trainer) {
 /* pretrain_task -- makes pretraining the trainer's Task, on texts that each end in an end token. */
 static struct LanguageTask *pretrain_task(struct Trainer *trainer, struct Arena *arena,
                                           struct Example *texts, size_t text_count,
-                                          struct Example *eval_texts, size_t eval_count) {
+                                          struct Example *eval_texts, size_t eval_count,
+                                          bool whole_texts) {
     struct LanguageTask *task = arena_zeros(arena, 1, sizeof *task);
     size_t length = trainer->args.max_length;
 
     /* 1. what is trained, and how */
-    *task = (struct LanguageTask){.texts = texts, .text_count = text_count, .row_length = length};
+    *task = (struct LanguageTask){
+        .texts = texts,
+        .text_count = text_count,
+        .row_length = length,
+        .whole_texts = whole_texts,
+    };
     trainer->task = (struct Task){
         .name = "pretrain",
         .data = task,
@@ -8087,8 +8100,8 @@ static size_t reward_texts(struct Trainer *trainer, struct Arena *arena, const s
         } else if (MAX(next[0].n, next[each - 1].n) > max_length) {
             too_long++;
         } else {
-            /* 3. Then it stays; otherwise the next row overwrites it. */
-            /* the pointer moves past one text or a pair's two, the count by one item */
+            /* 3. Then it stays: the pointer moves past one text or a pair's two, the count by one
+             *    item. Otherwise the next row overwrites it. */
             number[count++] = reward_row_number(data, row);
             next += each;
         }
@@ -8436,11 +8449,12 @@ static size_t scores_given(const float *score, size_t n, float *given) {
     return count;
 }
 
-/* score_missing -- gives answers without a score one from which nothing is learnt.
+/* score_missing -- gives answers without a score, in PPO and REINFORCE, an average one.
  * in, out  score (n), those of a prompt's `group` answers side by side; NaN: none
- * What a policy learns from a score is how far it lies from a baseline: the mean of the answers to
- * the same prompt, or of all. An answer that nobody could judge gets just that mean, so it is
- * neither pushed up nor down: GRPOTrainer of TRL 1.16 sets its advantage to 0. If no answer has a
+ * What a policy learns from a score is how far it lies from a baseline. An answer that nobody could
+ * judge gets the mean of the answers to the same prompt, or of all. With rloo that is its baseline,
+ * so nothing pushes it up or down, as in GRPO, whose advantage is 0 then; with a value head or the
+ * running mean nearly so; without a baseline it counts like an average answer. If no answer has a
  * score, all get 0, and this step learns only to stay near the reference.
  * By hand, in groups of two: 1, none | none, none | 3, 5: the second gets 1, the third and fourth
  * the mean of all, 3.                                                    test: score_missing */
@@ -9140,7 +9154,6 @@ static struct PPOForward *ppo_forward(struct RolloutTrainer *trainer, struct Are
 
 /* Room for what later steps compute, one number per response token. */
 static void ppo_batch_columns(struct PPOBatch *p, struct Arena *arena) {
-    /* one number for each token of an answer; what they mean is said at struct PPOBatch */
     p->kl = arena_floats(arena, p->R);
     p->non_score_rewards = arena_floats(arena, p->R);
     p->rewards = arena_floats(arena, p->R);
@@ -9741,7 +9754,7 @@ static void ppo_lap(struct PPOClock *clock, enum PPOLap lap) {
 
 /* Logs the times, in TRL's names. */
 static void ppo_record_times(struct RolloutTrainer *trainer, const struct PPOClock *clock) {
-    /* TRL's names; what lies between two laps belongs to the later one */
+    /* what lies between two laps belongs to the later one */
     log_value(&trainer->stats, "time/ppo/forward_pass", clock->lap[LAP_FORWARD]);
     log_value(&trainer->stats, "time/ppo/compute_rewards", clock->lap[LAP_REWARDS]);
     log_value(&trainer->stats, "time/ppo/compute_advantages", clock->lap[LAP_ADVANTAGES]);
@@ -10316,6 +10329,11 @@ static void rollout_train(struct RolloutTrainer *trainer, struct RolloutSource *
     rollout_checkpoint(&checkpoint, trainer, source);
     checkpoint_resume(&checkpoint);
     trainer->step = state->global_step;
+    /* checkpoints are written between batches, so one of another step has been altered */
+    CHECK(batch_begins(trainer, trainer->step),
+          "trainer_state.json: \"global_step\" is %zu, a multiple of --num_iterations (%zu) was "
+          "expected; the checkpoint is damaged, take an earlier one",
+          trainer->step, trainer->num_iterations);
     struct Rollout *rollouts = NULL;
     while (trainer->step < steps) {
         /* 2. rollouts, and a step on them; before new ones are written, the last are forgotten */
@@ -11723,6 +11741,11 @@ static void course_split(struct Course *course, const struct Dataset *data) {
           "%s: %zu rated texts; rlhf needs 200 or more, a tenth of them to measure on", data->path,
           data->n);
     course_encode(course, data, order);
+    /* ratings that are all alike would be noticed only after stage 1 otherwise */
+    if (!course->only_program) {
+        reward_check(data, course->train_rating, course->train_n);
+        reward_check(data, course->held_out_rating, course->held_out_n);
+    }
 
     /* 3. Prompts from both parts: those that policies practise on, and those of the examination. */
     course->prompts = arena_alloc(arena, course->train_n, sizeof *course->prompts);
@@ -11830,8 +11853,7 @@ static void course_language_model(struct Course *course, double learning_rate) {
     trainer.args.lr_end = 0.05;
     struct LanguageTask *task =
         pretrain_task(&trainer, &course->arena, course->train, course->train_n, course->held_out,
-                      course->held_out_n);
-    task->whole_texts = true;
+                      course->held_out_n, true);
     trainer.task.name = "1/4 language model";
 
     /* 3. What does it learn? The loss on held-out texts, before and after. */
@@ -12508,7 +12530,6 @@ static void explain_bpe(struct Explain *x) {
     }
 
     /* 3. What is left. */
-    /* the ids as text */
     const char *list = "";
     for (size_t i = 0; i < pieces_ids(&word, ids); i++)
         list = arena_printf(x->arena, "%s %d", list, ids[i]);
@@ -13380,12 +13401,12 @@ static void tell_table(struct Explain *x, struct Json *object, const char *token
     /* 2. text */
     const char *row = "";
     for (size_t k = 0; k < count; k++)
-        row = arena_printf(x->arena, "%s%s", row, flush_right(x, columns[k].head, 9));
+        row = arena_printf(x->arena, "%s %s", row, flush_right(x, columns[k].head, 8));
     line(x, "  %-12s%s", "", row);
     for (size_t i = start; i < end; i++) {
         row = get_label(x, object, tokens, i - start);
         for (size_t k = 0; k < count; k++)
-            row = arena_printf(x->arena, "%s%s", row, flush_right(x, cell(x, &columns[k], i), 9));
+            row = arena_printf(x->arena, "%s %s", row, flush_right(x, cell(x, &columns[k], i), 8));
         line(x, "  %s", row);
     }
 }
@@ -13844,7 +13865,7 @@ static void tell_reinforce_row(struct Explain *x, struct Json *answer, size_t b,
     const char *row = "";
     /* score, log pi, log ref, R, b, A, in this order */
     for (size_t k = 0; k < 6; k++)
-        row = arena_printf(x->arena, "%s%9.4f", row, cells[k]);
+        row = arena_printf(x->arena, "%s %8.4f", row, cells[k]);
     /* answers have numbers, as in the tables of tokens */
     line(x, "  %-12s%s", arena_printf(x->arena, "%s %zu", x->pt ? "resposta" : "answer", b + 1),
          row);
@@ -15791,6 +15812,8 @@ static struct Text *added_tokens(struct Arena *arena, const char *folder, size_t
     return names;
 }
 
+/* ---- Rows ----------------------------------------------------------------------------------- */
+
 /* What a file's name, with its path inside the data folder, says: to which split the file belongs,
  * and how much that counts against the names of other files. */
 enum Split { SPLIT_NONE, SPLIT_TRAIN, SPLIT_VALIDATION, SPLIT_TEST, SPLITS };
@@ -15808,8 +15831,6 @@ struct Shapes {
     const unsigned *list;
     size_t n;
 };
-
-/* ---- Rows ----------------------------------------------------------------------------------- */
 
 /* The fields of shapes, for a message:  "chosen" + "rejected", or "text" */
 static const char *shape_names(struct Arena *arena, struct Shapes shapes) {
@@ -15903,8 +15924,11 @@ static struct Text json_others(struct Arena *keep, struct Text line) {
         const char *start = p.at;
         if (!json_string(&p, &key) || !json_take(&p, ':') || !json_value(&p))
             break;
-        if (!text_equal(key, text_of("prompt")) && !text_equal(key, text_of("completion")))
-            n += (size_t)sprintf(others + n, ", %.*s", (int)(p.at - start), start);
+        if (text_equal(key, text_of("prompt")) || text_equal(key, text_of("completion")))
+            continue;
+        memcpy(others + n, ", ", 2);
+        memcpy(others + n + 2, start, (size_t)(p.at - start));
+        n += 2 + (size_t)(p.at - start);
     }
     struct Text kept = text_copy(keep, (struct Text){others, n});
     arena_free(&scratch);
@@ -16413,6 +16437,8 @@ static float float_of_f16(uint16_t half) {
     return half & 0x8000 ? -magnitude : magnitude;
 }
 
+/* ---- safetensors files ---------------------------------------------------------------------- */
+
 /* A safetensors file: the header's length in 8 bytes, a JSON header {"name": {"dtype", "shape",
  * "data_offsets"}}, then the numbers. */
 struct SafeTensors {
@@ -16421,8 +16447,6 @@ struct SafeTensors {
     struct Json *header;
     uint64_t data_start, data_size;
 };
-
-/* ---- safetensors files ---------------------------------------------------------------------- */
 
 /* Where a tensor's bytes are, counted from the end of the header. */
 struct Span {
@@ -16495,6 +16519,10 @@ static struct SafeTensors safetensors_open(struct Arena *arena, const char *path
     CHECK(length >= 2 && length <= behind,
           "%s: not a safetensors file, or cut short: its header claims %llu bytes, %llu follow",
           path, (unsigned long long)length, (unsigned long long)behind);
+    /* The format's own limit. As JSON a header takes many times its size in memory. */
+    CHECK(length <= 100000000,
+          "%s: not a safetensors file: its header claims %llu bytes, 100 MB are allowed", path,
+          (unsigned long long)length);
 
     /* 2. The header, and whether what it says of the tensors is possible. */
     char *text = arena_alloc(arena, (size_t)length, 1);
@@ -16547,7 +16575,7 @@ static void safetensors_check_shape(const struct SafeTensors *st, const struct J
 static void safetensors_check_finite(const struct SafeTensors *st, const struct Tensor *tensor,
                                      size_t first, size_t n) {
     /* a tensor of bits holds no floats, but counters and random states */
-    if (tensor->bits)
+    if (tensor->is_raw)
         return;
     const float *w = tensor->w + first;
     size_t bad = first_not_finite(w, n);
@@ -17798,7 +17826,7 @@ static void trainer_state_save(const struct TrainerState *s, const struct Traini
  * number: bit patterns, copied bit for bit and never interpreted as floats. */
 static struct Tensor tensor_of_bits(const char *group, const char *name, uint64_t *words,
                                     size_t n) {
-    struct Tensor t = {.shape = {2 * n}, .ndim = 1, .n = 2 * n, .w = (void *)words, .bits = true};
+    struct Tensor t = {.shape = {2 * n}, .ndim = 1, .n = 2 * n, .w = (void *)words, .is_raw = true};
     snprintf(t.name, sizeof t.name, "%.16s.%.44s", group, name);
     return t;
 }
@@ -17985,6 +18013,8 @@ static void checkpoint_restore(struct Checkpoint *c, const struct Holding *held,
     }
 }
 
+/* ---- Which checkpoint is the newest --------------------------------------------------------- */
+
 /* How old a checkpoint is, by its own account: the number of its run in the folder, and its step.
  * Every run that begins there, anew or from a checkpoint, gets the next number, so the checkpoints
  * of a run that starts over are newer than those of an earlier run that got further. The files'
@@ -17993,8 +18023,6 @@ static void checkpoint_restore(struct Checkpoint *c, const struct Holding *held,
 struct CheckpointAge {
     size_t run, step;
 };
-
-/* ---- Which checkpoint is the newest --------------------------------------------------------- */
 
 static bool checkpoint_older(struct CheckpointAge a, struct CheckpointAge b) {
     return a.run < b.run || (a.run == b.run && a.step < b.step);
@@ -18250,8 +18278,8 @@ static void checkpoint_resume(struct Checkpoint *c) {
         checkpoint_load(c, &arena, from);
     for (size_t i = 0; c->logs && i < c->log_files; i++) {
         if (from)
-            c->logs[i] =
-                output_resume(dir, LOGS[i], arena_printf(&arena, "%s/..", from), c->log_bytes[i]);
+            c->logs[i] = output_resume(c->log_dir, LOGS[i], arena_printf(&arena, "%s/..", from),
+                                       c->log_bytes[i]);
         else
             c->logs[i] = output_open(c->log_dir, LOGS[i]);
     }
@@ -18481,9 +18509,10 @@ static void rollouts_write(FILE *file, const struct Rollout *rollouts, size_t n)
 
 /* ---- Programs that judge -------------------------------------------------------------------- */
 
+enum { PROGRAM_LONGEST_LINE = 1 << 16 }; /* bytes: far more than any number has */
+
 /* How a program's run ended, and what it wrote. Starting programs differs between systems: the end
  * of chapter 27 does it. */
-enum { PROGRAM_LONGEST_LINE = 1 << 16 }; /* bytes: far more than any number has */
 struct ProgramRun {
     enum { PROGRAM_ENDED, PROGRAM_TIMED_OUT, PROGRAM_LINE_ENDLESS, PROGRAM_LINES_TOO_MANY } ending;
     int error; /* of the system: it could not be started */
@@ -20028,8 +20057,8 @@ static void command_pretrain(struct Options *o) {
     const int *end_token = &o->model->config.eos_token_id;
     struct Example *texts = encode_texts(o, o->data, end_token, SIZE_MAX);
     struct Example *eval_texts = encode_texts(o, o->eval, end_token, SIZE_MAX);
-    struct LanguageTask *task =
-        pretrain_task(&trainer, &o->arena, texts, o->data->n, eval_texts, o->eval ? o->eval->n : 0);
+    struct LanguageTask *task = pretrain_task(&trainer, &o->arena, texts, o->data->n, eval_texts,
+                                              o->eval ? o->eval->n : 0, false);
     finish_training(o, &trainer);
     arena_free(&task->rows);
 }
@@ -20045,7 +20074,8 @@ static void command_reward(struct Options *o) {
     bool classifier = choice("loss_type", o->loss_type, "sigmoid, bce") == 1;
     struct Trainer trainer = open_training(o, classifier ? LABELLED_SHAPES : REWARD_SHAPES,
                                            classifier ? 1 : COUNT(REWARD_SHAPES));
-    struct Rng rng = rng_seed(o->train.seed, STREAM_INIT);
+    /* a stream of its own: from STREAM_INIT's the head would be the first row of wte once more */
+    struct Rng rng = rng_seed(o->train.seed, STREAM_HEAD);
     leave_out_value_head(o->model);
     if (!o->model->score.n)
         tensor_normal(reward_head_declare(o->model), &rng, 0.02);
@@ -20260,15 +20290,19 @@ static struct RolloutTrainer *rollout_trainer(struct Options *o, enum Algorithm 
 /* How many steps a run takes: as many as --max_steps says, or else one pass over n prompts or
  * stored rollouts; with GRPO --num_train_epochs passes. A step takes all num_generations stored
  * answers of a prompt, so a pass over these is shorter. */
-static size_t rollout_steps(const struct Options *o, const struct RolloutTrainer *trainer,
-                            size_t n) {
-    size_t answers = o->rollouts ? n : n * trainer->num_generations;
-    size_t pass = MAX((size_t)1, answers / trainer->batch_size) * trainer->num_iterations;
+static size_t rollout_step_count(const struct Options *o, const struct RolloutTrainer *trainer,
+                                 size_t n) {
     if (o->train.max_steps)
         return o->train.max_steps;
+    /* in double: the product of the largest flags does not fit a size_t */
+    double answers = (double)n * (o->rollouts ? 1 : (double)trainer->num_generations);
+    double batches = MAX(1, floor(answers / (double)trainer->batch_size));
+    double steps = batches * (double)trainer->num_iterations;
     if (trainer->algorithm == ALGORITHM_GRPO)
-        return (size_t)ceil(o->train.num_train_epochs * (double)pass);
-    return pass;
+        steps = ceil(steps * o->train.num_train_epochs);
+    CHECK(steps <= 0x1p40, "--num_train_epochs %g: a run of %g steps; at most 2^40 were expected",
+          o->train.num_train_epochs, steps);
+    return (size_t)steps;
 }
 
 /* Trains by PPO, GRPO or REINFORCE on new or stored rollouts, and saves the model. */
@@ -20299,7 +20333,7 @@ static void train_on_rollouts(struct Options *o, enum Algorithm algorithm) {
     /* 3. the training */
     struct RolloutTrainer *trainer = rollout_trainer(o, algorithm);
     trainer->tok = o->tok;
-    size_t steps = rollout_steps(o, trainer, o->rollouts ? o->data->n : source.n);
+    size_t steps = rollout_step_count(o, trainer, o->rollouts ? o->data->n : source.n);
     if (algorithm != ALGORITHM_GRPO) {
         /* becomes train_batch_size in trainer_state.json, in checkpoints and at the end */
         trainer->args.per_device_train_batch_size = trainer->batch_size;
@@ -20724,6 +20758,8 @@ static void command_score(struct Options *o) {
     }
 }
 
+/* ---- Commands: collecting preferences ------------------------------------------------------- */
+
 /* The state of `collect`. It makes preferences.jsonl; judged.json next to it lists the prompts that
  * are done, with or without a pair, after which a later run begins. judged.json is written second:
  * if the run is killed between the two, the last prompts are judged again, with the same random
@@ -20737,8 +20773,6 @@ struct Collection {
     size_t n, added; /* how many these are, and how many of them this run has added */
     struct Rng rng;
 };
-
-/* ---- Commands: collecting preferences ------------------------------------------------------- */
 
 /* A pair as texts: answers[0] is the chosen one, answers[1] the rejected one. */
 static struct Row pair_row(struct Options *o, const struct Example *answers) {
@@ -21754,11 +21788,12 @@ static const char *get_word(const struct Json *object, const char *name) {
     return json_text_or(object, name, "");
 }
 
-/* How many items a list has; 0 if it is none. */
+/* The place of a word among `words`. */
 static size_t get_choice(const struct Json *object, const char *name, const char *words) {
     return choice(name, get_word(object, name), words);
 }
 
+/* How many items a list has; 0 if it is none. */
 static size_t get_count(const struct Json *object, const char *name) {
     return json_type(object, name) == JSON_ARRAY ? (size_t)json_get(object, name)->number : 0;
 }
@@ -21841,6 +21876,8 @@ static void example_of_next(struct Options *o, struct Json *example, const char 
     bool is_kl = strcmp(topic, "kl") == 0;
 
     /* 1. Which they are; of the prompt's tokens among them, their places. */
+    CHECK(o->top_n <= EXAMPLE_ITEMS, "--top_n %zu: a table has %d rows at most", o->top_n,
+          EXAMPLE_ITEMS);
     struct Candidate *best = arena_alloc(arena, MIN(o->top_n, V), sizeof *best);
     size_t n = beam_candidates(logits, V, o->top_n, arena, best);
     int *ids = arena_alloc(arena, n, sizeof *ids);
@@ -22216,7 +22253,8 @@ static const struct Command {
     {"dpo", "direct preference optimization on prompt + chosen + rejected", command_dpo,
      "model_name_or_path, dataset_name, output_dir", "learning_rate 1e-6, beta 0.1"},
     {"exact",
-     "a toy small enough to enumerate: the closed form, and what DPO, PPO, REINFORCE reach",
+     "a toy small enough to enumerate: the closed form, and what DPO, PPO, GRPO and REINFORCE "
+     "reach",
      command_exact, "", "vocab_size 6, n_embd 32, n_layer 2, n_head 2, max_new_tokens 3, beta 1"},
     {"generate", "continue a --prompt, or each of a data set", command_generate,
      "model_name_or_path", "top_k 50"},

@@ -4715,7 +4715,7 @@ static void test_language_pack(void) {
         struct Trainer trainer = {.args = training_arguments()};
         trainer.args.max_length = length;
         trainer.args.train_sampling_strategy = SAMPLING_SEQUENTIAL;
-        struct LanguageTask *task = pretrain_task(&trainer, &test_arena, texts, 5, texts, 5);
+        struct LanguageTask *task = pretrain_task(&trainer, &test_arena, texts, 5, texts, 5, false);
         trainer.task.new_epoch(&trainer, 0);
         expect_count("rows", trainer.task.n, (total - 1) / length);
         expect_count("held-out rows", trainer.task.eval_n, (total - 1) / length);
