@@ -1071,6 +1071,26 @@ case("Resumed where no step is left",
       for name, command in firsts.items()], 0,
      "is at step 1, the run has 1: no step is left to train")
 
+grpo = "grpo --num_generations 2 --per_device_train_batch_size 4 --max_completion_length 4"
+grpo += " --model_name_or_path m --reward_model_path rm --dataset_name prompts.jsonl"
+grpo += " --quiet --output_dir out "
+case("Steps beyond counting",
+     grpo + "--num_iterations 1099511627776 --num_train_epochs 1e9", 1,
+     "--num_train_epochs 1e+09: a run of ", "; at most 2^40 were expected")
+if wanted("A checkpoint between two updates of a batch"):
+    align(grpo + "--num_iterations 2 --max_steps 4 --save_steps 2 --output_dir first_grpo")
+    state = os.path.join("first_grpo", "checkpoint-2", "trainer_state.json")
+    altered = read(state).replace(b'"global_step": 2', b'"global_step": 1')
+    write(state, altered)
+case("A checkpoint between two updates of a batch",
+     grpo + "--num_iterations 2 --max_steps 4 --resume_from_checkpoint first_grpo/checkpoint-2", 1,
+     'trainer_state.json: "global_step" is 1, a multiple of --num_iterations (2) was expected')
+lines("alike.jsonl", *({"text": "%s %d" % (good[i % 4], i), "score": 3} for i in range(220)))
+case("Ratings that are all alike, said before stage 1", rlhf + "--dataset_name alike.jsonl", 1,
+     "alike.jsonl: no two ratings differ by 1 or more")
+case("A table longer than a page", "explain softmax --model_name_or_path m --prompt x --top_n 5000",
+     1, "--top_n 5000: a table has 1000 rows at most")
+
 # ---- the tokenizer
 whole = read(os.path.join(os.path.dirname(program), "tokenizer.bin"))
 case("No tokenizer.bin", generate + "--tokenizer nowhere.bin", 1, "nowhere.bin: No such file")
