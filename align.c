@@ -8262,10 +8262,10 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
  * they have moved, type `ignore 1 1152` before `run`: a pass has 384 tokens, a step two, and in the
  * first step the learning rate is 0. To see the clip, where the slope is 0,
  * `break ppo_token_loss if advantage > 0 && logprob - old_logprob > 0.1824`: just above ln 1.2, so
- * the ratio has passed 1.2. (With one thread REINFORCE trains first, and a stop comes minutes
- * later.) At ppo_backward there is a model: p model->h[0].attn.c_attn.weight.w[0]@8. With
- * set environment ALIGN_KERNEL plain, break ppo_backward, run, watch -l model->wte.d[0], continue
- * gdb stops in the output layer's product first, and then in embedding_backward_strip.
+ * the ratio has passed 1.2. At ppo_backward there is a model:
+ * p model->h[0].attn.c_attn.weight.w[0]@8. With set environment ALIGN_KERNEL plain,
+ * break ppo_backward, run, watch -l model->wte.d[0], continue gdb stops in the output layer's
+ * product first, and then in embedding_backward_strip.
  *
  * What enters: a policy, a frozen reference, prompts and a scorer, or stored rollouts. What
  * leaves: a policy that scores higher and stays near the reference.
@@ -11332,11 +11332,12 @@ static void exact_run(struct ExactWorld *w, double beta) {
     exact_grpo_limit(w, &arena, w->logps[EXACT_GRPO_LIMIT]);
     arena_free(&arena);
 
-    /* 2. The trainings share nothing that they write, so each gets a thread. Those with the most
-     *    steps start first. */
+    /* 2. The trainings share nothing that they write, so each gets a thread. The longest start
+     *    first; of these PPO, for those who look at it with a debugger. */
+    static const enum ExactPolicy order[] = {EXACT_PPO, EXACT_GRPO, EXACT_REINFORCE, EXACT_DPO};
 #pragma omp parallel for schedule(dynamic, 1)
-    for (int k = EXACT_GRPO; k >= EXACT_DPO; k--)
-        exact_train(w, (enum ExactPolicy)k);
+    for (size_t i = 0; i < COUNT(order); i++)
+        exact_train(w, order[i]);
 }
 
 /* =============================================================================================
