@@ -8276,9 +8276,13 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
 /* A rollout: what was asked, what the policy answered, how it scored.        [glossary: Rollout] */
 struct Rollout {
     struct Example example; /* query and response together */
-    size_t response_length; /* tokens */
     float score;
 };
+
+/* Tokens of the answer. */
+static size_t response_length(const struct Rollout *rollout) {
+    return rollout->example.n - rollout->example.prompt_length;
+}
 
 /* A judge that is no model: any program that reads answers and writes a number for each. Where an
  * answer is right or wrong (a sum, a rhyme, a proof), such a reward is exact, and there is nothing
@@ -8791,8 +8795,7 @@ static void collect_rollouts(const struct RolloutTrainer *trainer, struct Rollou
     if (trainer->algorithm != ALGORITHM_GRPO)
         score_missing(score, n, trainer->num_generations);
     for (size_t i = 0; i < n; i++)
-        rollouts[i] =
-            (struct Rollout){examples[i], examples[i].n - examples[i].prompt_length, score[i]};
+        rollouts[i] = (struct Rollout){examples[i], score[i]};
 }
 
 /* One stored rollout, number `index` from 0. A file may come from another model, or from a person:
@@ -8823,7 +8826,6 @@ static struct Rollout replay_rollout(const struct Dataset *data, size_t index,
               model->config.vocab_size);
     return (struct Rollout){
         .example = {ids, length, row->query_length},
-        .response_length = row->response_length,
         .score = row->has & HAS_SCORE ? (float)row->score : NAN,
     };
 }
@@ -9005,7 +9007,7 @@ static void reinforce_log(struct RolloutTrainer *trainer, const struct Rollout *
     for (size_t i = 0; i < n; i++) {
         kl += kl_k1(r->logps[i], r->ref_logps[i]) / (double)n;
         score += rollouts[i].score / (double)n;
-        length += (double)rollouts[i].response_length / (double)n;
+        length += (double)response_length(&rollouts[i]) / (double)n;
     }
 
     /* 2. A mean over tokens: how undecided the policy was. Near 0, all answers to a prompt are
@@ -9663,7 +9665,7 @@ static void ppo_record_rollouts(struct RolloutTrainer *trainer, const struct Rol
     for (size_t b = 0; b < B; b++) {
         reward[b] = rollouts[b].score;
         query[b] = (float)rollouts[b].example.prompt_length;
-        response[b] = (float)rollouts[b].response_length;
+        response[b] = (float)response_length(&rollouts[b]);
     }
 
     /* 2. Means and deviations, and the numbers they summarize: only these show, for example, that
@@ -9847,7 +9849,7 @@ static void grpo_log_lengths(struct RolloutTrainer *trainer, const struct Rollou
     size_t ended = 0;
     for (size_t i = 0; i < n; i++) {
         /* an end token is part of the answer: it was the policy's choice, too */
-        lengths[i] = (float)rollouts[i].response_length;
+        lengths[i] = (float)response_length(&rollouts[i]);
         /* Nobody knows how long an answer would have become that was cut off. In this mean it would
          * count with the length of the limit. */
         if (example_ended(&rollouts[i].example, trainer->model->config.eos_token_id))
@@ -9900,7 +9902,7 @@ static void grpo_begin_batch(struct RolloutTrainer *trainer, const struct Rollou
     p->start = arena_alloc(arena, n + 1, sizeof *p->start);
     for (size_t i = 0; i < n; i++) {
         p->start[i] = p->R;
-        p->R += rollouts[i].response_length;
+        p->R += response_length(&rollouts[i]);
         /* TRL pads all prompts to the length of the longest: see grpo_pad_left */
         p->longest_prompt = MAX(p->longest_prompt, rollouts[i].example.prompt_length);
     }
@@ -11201,7 +11203,7 @@ static struct Rollout *exact_rollouts(const struct ExactWorld *w, const struct G
     for (size_t i = 0; i < EXACT_BATCH; i++) {
         /* the tokens are the answer's number in base V, so no search is needed */
         size_t k = exact_number(w, sequences[i].ids);
-        rollouts[i] = (struct Rollout){w->y[k], w->T, (float)w->r[k]};
+        rollouts[i] = (struct Rollout){w->y[k], (float)w->r[k]};
     }
     return rollouts;
 }
@@ -21941,7 +21943,7 @@ static struct Rollout *explain_answers(struct Options *o) {
               "%s: a token or more was expected, after a prompt of one or more", flags[i]);
         CHECK(n <= config->n_positions, "%s: %zu tokens with the prompt; the context has %zu",
               flags[i], n, config->n_positions);
-        rollouts[i] = (struct Rollout){answers[i], n - answers[i].prompt_length, 0};
+        rollouts[i] = (struct Rollout){answers[i], 0};
     }
 
     /* 3. Their scores. */
@@ -21978,7 +21980,7 @@ static const struct {
 static void example_add_answer(struct Options *o, struct Json *parent, const char *topic,
                                const struct Rollout *rollout, const char *side, size_t start,
                                const float *const columns[COLUMNS]) {
-    size_t n = rollout->response_length;
+    size_t n = response_length(rollout);
     if (list_has("ppo, grpo, reinforce", topic))
         json_add(&o->arena, parent, "score", JSON_NUMBER)->number = rollout->score;
     json_add_tokens(o, parent, arena_printf(&o->arena, "%stokens", side),

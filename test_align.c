@@ -5198,7 +5198,7 @@ static void test_ppo_loss_golden(void) {
     for (size_t b = 0; b < 3; b++) {
         size_t length = GOLDEN_START[b + 1] - GOLDEN_START[b];
         size_t query = GOLDEN_COLUMN[b] + 1;
-        rollouts[b] = (struct Rollout){{NULL, query + length, query}, length, 0};
+        rollouts[b] = (struct Rollout){{NULL, query + length, query}, 0};
         for (size_t k = 0; k < length; k++) {
             float logits[7];
             size_t row = 8 * b + GOLDEN_COLUMN[b] + k;
@@ -5236,8 +5236,7 @@ static struct RolloutTrainer *ppo_of(struct PPOConfig config, double learning_ra
     for (size_t i = 0; i < 4; i++) {
         size_t query = 2 + i % 3;
         size_t response = 3 + 2 * i;
-        rollouts[i] =
-            (struct Rollout){random_example(query + response, query, 37), response, (float)i - 1};
+        rollouts[i] = (struct Rollout){random_example(query + response, query, 37), (float)i - 1};
     }
     config.batch_size = 4;
     config.mini_batch_size = MIN(config.mini_batch_size, (size_t)4);
@@ -5302,9 +5301,9 @@ static void test_ppo_step(void) {
                 logits[i] /= 0.7f;
                 ref[i] /= 0.7f;
             }
-            expect_count("response", p.start[b + 1] - p.start[b], rollouts[b].response_length);
+            expect_count("response", p.start[b + 1] - p.start[b], response_length(&rollouts[b]));
             expect_count("padding", p.padding[b], 11 - e->n);
-            for (size_t k = 0; k < rollouts[b].response_length; k++) {
+            for (size_t k = 0; k < response_length(&rollouts[b]); k++) {
                 size_t t = p.start[b] + k;
                 size_t place = e->prompt_length - 1 + k;
                 float *row = logits + place * 37;
@@ -5318,7 +5317,7 @@ static void test_ppo_step(void) {
                 expect_close("the reference's", p.ref_logprobs[t], ref_logp, 1e-5);
                 expect_close("reward", p.rewards[t],
                              -0.2 * penalty
-                                 + (k + 1 == rollouts[b].response_length ? (double)b - 1 : 0),
+                                 + (k + 1 == response_length(&rollouts[b]) ? (double)b - 1 : 0),
                              1e-5);
                 kl += penalty / 4;
             }
@@ -5360,7 +5359,7 @@ static void test_ppo_step(void) {
         expect_close("kl is the mean of kl_dist", kl_of_dist, kl, 1e-5);
         for (struct Json *item = logprobs->child; item; item = item->next, b++)
             expect_count("a log-probability a response token", json_count(item),
-                         rollouts[b].response_length);
+                         response_length(&rollouts[b]));
         expect_count("as many as responses", b, 4);
         expect_count("every token of every epoch", json_count(json_get(line, "ppo/policy/ratio")),
                      4 * 24);
@@ -5413,7 +5412,7 @@ static void test_ppo_threads(void) {
     config.mini_batch_size = config.gradient_accumulation_steps = config.ppo_epochs = 2;
     struct Rollout rollouts[8];
     for (size_t i = 0; i < 8; i++)
-        rollouts[i] = (struct Rollout){random_example(60, 20, 600), 40, (float)i};
+        rollouts[i] = (struct Rollout){random_example(60, 20, 600), (float)i};
     for (int threads = 1; threads <= 3; threads++) {
         struct GPT2 *model = new_model(600, 60, 64, 1, 4);
         use_threads(threads);
@@ -5444,7 +5443,7 @@ static double share_rollouts(const struct GPT2 *model, size_t step, size_t each,
         for (size_t t = 2; t < s[i].n; t++)
             share += (s[i].ids[t] == SHARE_TOKEN) / (double)(s[i].n - 2);
         mean += share / SHARE_B;
-        rollouts[i] = (struct Rollout){{s[i].ids, s[i].n, 2}, s[i].n - 2, (float)(4 * share)};
+        rollouts[i] = (struct Rollout){{s[i].ids, s[i].n, 2}, (float)(4 * share)};
     }
     return mean;
 }
@@ -5480,7 +5479,7 @@ static void test_ppo_raises_reward(void) {
 static void test_ppo_replay(void) {
     struct Rollout rollouts[3], back[5];
     for (size_t i = 0; i < 3; i++)
-        rollouts[i] = (struct Rollout){random_example(5 + i, 2, 37), 3 + i, 0.1f * (float)i - 1};
+        rollouts[i] = (struct Rollout){random_example(5 + i, 2, 37), 0.1f * (float)i - 1};
     FILE *file = fopen(temporary("rollouts.jsonl"), "wb");
     rollouts_write(file, rollouts, 3);
     fclose(file);
@@ -5496,7 +5495,7 @@ static void test_ppo_replay(void) {
         const struct Rollout *want = &rollouts[(5 + i) % 3];
         expect_ids("ids", back[i].example.ids, back[i].example.n, want->example.ids,
                    want->example.n);
-        expect_count("response", back[i].response_length, want->response_length);
+        expect_count("response", response_length(&back[i]), response_length(want));
         expect_bits("score", &back[i].score, &want->score, 1);
     }
 }
@@ -5825,8 +5824,7 @@ static struct RolloutTrainer *grpo_of(struct GRPOConfig config, struct TrainingA
     for (size_t i = 0; i < 4; i++) {
         size_t query = 2 + i / 2 * 2;
         size_t response = 3 + 2 * i;
-        rollouts[i] =
-            (struct Rollout){random_example(query + response, query, 37), response, scores[i]};
+        rollouts[i] = (struct Rollout){random_example(query + response, query, 37), scores[i]};
     }
     struct RolloutTrainer *trainer = grpo_trainer_new(model, ref_model, config, args, 0.7);
     trainer->total_steps = 100;
@@ -5924,9 +5922,6 @@ static void test_grpo_positions_right(void) {
             struct RolloutTrainer *trainer = grpo_of(config, grpo_arguments(0), rollouts);
             for (size_t i = 0; i < 4; i++)
                 rollouts[i].example.prompt_length = unequal ? 2 + i / 2 * 2 : 2;
-            for (size_t i = 0; i < 4; i++)
-                rollouts[i].response_length =
-                    rollouts[i].example.n - rollouts[i].example.prompt_length;
             grpo_step(trainer, rollouts);
             loss[side] = grpo_stat(trainer, "entropy");
             rollout_trainer_free(trainer);
@@ -5953,9 +5948,9 @@ static void test_grpo_logs(void) {
 
     int ids[] = {1, 5, 5, 5, 5, 7};
     struct Rollout rollouts[] = {
-        {{ids, 6, 1}, 5, 0},
-        {{ids, 5, 1}, 4, 0},
-        {{ids + 3, 3, 1}, 2, 0},
+        {{ids, 6, 1}, 0},
+        {{ids, 5, 1}, 0},
+        {{ids + 3, 3, 1}, 0},
     };
     grpo_log_lengths(&trainer, rollouts, 3);
     static const struct {
@@ -6128,7 +6123,7 @@ static void test_grpo_threads(void) {
     args.gradient_accumulation_steps = 2;
     struct Rollout rollouts[8];
     for (size_t i = 0; i < 8; i++)
-        rollouts[i] = (struct Rollout){random_example(60, 20, 600), 40, (float)(i % 3)};
+        rollouts[i] = (struct Rollout){random_example(60, 20, 600), (float)(i % 3)};
     for (int threads = 1; threads <= 3; threads++) {
         struct GPT2 *model = new_model(600, 60, 64, 1, 4);
         use_threads(threads);

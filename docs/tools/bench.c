@@ -128,7 +128,7 @@ static void bench_ppo(struct Bench *bench, size_t n, size_t length) {
         queries[i].n = 2 + i % 6;
     struct Example *answers = bench_answers(bench, queries, n, length - 7, true);
     for (size_t i = 0; i < n; i++)
-        rollouts[i] = (struct Rollout){answers[i], length - 7, (float)rng_normal(&bench->rng)};
+        rollouts[i] = (struct Rollout){answers[i], (float)rng_normal(&bench->rng)};
     ppo_step(bench->ppo, rollouts);
 }
 
