@@ -5894,8 +5894,8 @@ static void test_grpo_gradient_model(void) {
  * the context. */
 static void test_grpo_positions(void) {
     struct Rollout rollouts[] = {
-        {random_example(5, 3, 37), 2, 0},
-        {random_example(9, 7, 37), 2, 0},
+        {random_example(5, 3, 37), 0},
+        {random_example(9, 7, 37), 0},
     };
     static const int left[] = {4, 5, 6, 7, 0, 1, 2, 3, 4, 5, 6, 7};
     static const int short_of_room[] = {3, 4, 5, 6, 0, 1, 2, 3, 4, 5, 6, 7};
