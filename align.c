@@ -6973,7 +6973,7 @@ struct Task {
                    enum Items from);
     /* The functions below may be NULL. */
     /* Reports the metrics that need all held-out items at once. */
-    void (*evaluated)(struct Trainer *trainer);
+    void (*on_evaluate)(struct Trainer *trainer);
     /* How many target tokens an item has, if a step's loss is a mean over tokens (chapter 15).
      * NULL: it is a mean over micro-batches. */
     size_t (*targets)(struct Trainer *trainer, size_t index);
@@ -6984,8 +6984,8 @@ struct Task {
     /* Shows on the terminal what the model writes at this point. */
     void (*sample)(struct Trainer *trainer);
     /* Measures what a loss cannot tell, at each evaluation. */
-    void (*measure)(struct Trainer *trainer);
-    void *measure_data;
+    void (*examine)(struct Trainer *trainer);
+    void *examine_data;
 };
 
 struct Trainer {
@@ -7063,11 +7063,11 @@ static bool evaluation_interrupted(const struct TrainerState *state) {
     return interrupted && state->global_step == state->max_steps;
 }
 
-/* trainer_measure -- the loss and the other metrics over the held-out items, each a mean over its
- * units, whatever the batch size; no weight moves.
+/* trainer_evaluation_loop -- the loss and the other metrics over the held-out items, each a mean
+ * over its units, whatever the batch size; no weight moves.
  * Held-out items were never trained on: what the model does well there, it has understood rather
  * than learnt by heart.                                               test: eval_batch_size */
-static struct LogEntry trainer_measure(struct Trainer *trainer) {
+static struct LogEntry trainer_evaluation_loop(struct Trainer *trainer) {
     struct TrainerState *state = &trainer->state;
     size_t n = trainer->task.eval_n;
     size_t batch = trainer->args.per_device_eval_batch_size;
@@ -7083,8 +7083,8 @@ static struct LogEntry trainer_measure(struct Trainer *trainer) {
         arena_reset(&trainer->arena);
         trainer->task.loss(trainer, order + first, MIN(batch, n - first), 1, HELD_OUT);
     }
-    if (trainer->task.evaluated && !evaluation_interrupted(state))
-        trainer->task.evaluated(trainer);
+    if (trainer->task.on_evaluate && !evaluation_interrupted(state))
+        trainer->task.on_evaluate(trainer);
 
     /* 2. how fast it went, and the means */
     double seconds = seconds_now() - begin;
@@ -7104,7 +7104,7 @@ static struct LogEntry trainer_measure(struct Trainer *trainer) {
 /* An evaluation during training: it is logged and shown. Returns the loss, or NaN if Ctrl-C ended
  * it: a loss on some of the held-out items cannot be compared with one on all of them. */
 static double trainer_evaluate(struct Trainer *trainer) {
-    struct LogEntry entry = trainer_measure(trainer);
+    struct LogEntry entry = trainer_evaluation_loop(trainer);
     double loss;
     /* 1. an incomplete one is not logged */
     if (evaluation_interrupted(&trainer->state))
@@ -7122,8 +7122,8 @@ static double trainer_evaluate(struct Trainer *trainer) {
 static void trainer_examine(struct Trainer *trainer) {
     if (trainer->task.eval_n)
         trainer_evaluate(trainer);
-    if (trainer->task.measure)
-        trainer->task.measure(trainer);
+    if (trainer->task.examine)
+        trainer->task.examine(trainer);
 }
 
 /* ---- Training ------------------------------------------------------------------------------- */
@@ -7783,11 +7783,11 @@ static void reward_text_metrics(struct Trainer *trainer, const float *reward, si
     }
 }
 
-/* reward_rated_evaluated -- loss and order of every pair of held-out rated texts.
+/* reward_rated_on_evaluate -- loss and order of every pair of held-out rated texts.
  * In training, ratings are compared within a micro-batch. Here every text is compared with every
  * other, whichever batches they were read in: otherwise another batch size would mean other pairs,
  * and the losses could not be compared.                               test: eval_batch_size */
-static void reward_rated_evaluated(struct Trainer *trainer) {
+static void reward_rated_on_evaluate(struct Trainer *trainer) {
     const struct RewardTask *task = trainer->task.data;
     const float *reward = task->eval_reward;
     size_t n = trainer->task.eval_n;
@@ -7906,7 +7906,7 @@ static struct RewardBatch reward_batch_of_pairs(struct Trainer *trainer, const s
 
 /* Single texts, rated or labelled. To learn from ratings, each text is compared with every other: 8
  * texts give up to 28 comparisons for the price of 8 forward passes. Held-out ratings are compared
- * by reward_rated_evaluated, once all rewards are known. */
+ * by reward_rated_on_evaluate, once all rewards are known. */
 static struct RewardBatch reward_batch_of_texts(struct Trainer *trainer, const size_t *index,
                                                 size_t count, enum Items from) {
     struct RewardTask *task = trainer->task.data;
@@ -7981,7 +7981,7 @@ static double reward_loss(struct Trainer *trainer, const size_t *index, size_t c
     trainer->state.num_tokens += pass.acts.batch.tokens;
     reward_text_metrics(trainer, pass.reward, items.texts);
 
-    /* 3. Held-out ratings have no loss yet: their rewards wait for reward_rated_evaluated. */
+    /* 3. Held-out ratings have no loss yet: their rewards wait for reward_rated_on_evaluate. */
     if (task->rated && !learns) {
         for (size_t i = 0; i < count; i++)
             task->eval_reward[index[i]] = pass.reward[i];
@@ -8127,8 +8127,8 @@ static void reward_task_begin(struct Trainer *trainer, struct RewardTask *task) 
         .data = task,
         .loss = reward_loss,
         .saved = reward_saved,
-        /* Of other data each batch yields its own metrics; see reward_rated_evaluated. */
-        .evaluated = task->rated ? reward_rated_evaluated : NULL,
+        /* Of other data each batch yields its own metrics; see reward_rated_on_evaluate. */
+        .on_evaluate = task->rated ? reward_rated_on_evaluate : NULL,
     };
 }
 
@@ -10547,7 +10547,7 @@ static void dpo_metrics(struct Trainer *trainer, double beta, const struct Batch
 
 /* The loss of held-out pairs, as a metric. It is a mean over pairs, except for the part of the loss
  * type sft, which is a mean over the tokens of all chosen answers. The sum of that part is
- * collected here, and dpo_evaluated adds its mean when all batches are done. */
+ * collected here, and dpo_on_evaluate adds its mean when all batches are done. */
 static void dpo_eval_loss(struct Trainer *trainer, struct DPOTask *task, size_t B,
                           struct DPOSide *sides) {
     /* 1. the part that is a mean over pairs: a copy of the settings, without sft */
@@ -10564,7 +10564,7 @@ static void dpo_eval_loss(struct Trainer *trainer, struct DPOTask *task, size_t 
 }
 
 /* All held-out pairs have been seen: the part of the loss type sft joins their loss. */
-static void dpo_evaluated(struct Trainer *trainer) {
+static void dpo_on_evaluate(struct Trainer *trainer) {
     struct DPOTask *task = trainer->task.data;
     double nll = task->eval_nll / (double)MAX((size_t)1, task->eval_tokens);
     double pairs = (double)trainer->task.eval_n;
@@ -10741,7 +10741,7 @@ static struct DPOTask *dpo_task(struct Trainer *trainer, struct Arena *arena,
         .n = n,
         .data = task,
         .loss = dpo_task_loss,
-        .evaluated = dpo_evaluated,
+        .on_evaluate = dpo_on_evaluate,
         .saved = dpo_saved,
     };
     return task;
@@ -11536,9 +11536,9 @@ struct PolicyResult {
     double mean_reward, kl, distinct_2, mean_length;
 };
 
-/* policy_measure -- one policy's examination. Four numbers belong together: a reward that rose
+/* policy_examine -- one policy's examination. Four numbers belong together: a reward that rose
  * means little if the KL is large, the answers are all alike, or they have become very short. */
-static struct PolicyResult policy_measure(const struct GPT2 *policy, const struct Examination *exam,
+static struct PolicyResult policy_examine(const struct GPT2 *policy, const struct Examination *exam,
                                           struct Arena *arena) {
     size_t n = exam->n;
     struct PolicyResult result = {
@@ -11981,7 +11981,7 @@ static void course_program(struct Course *course) {
     exam.prompts = course->prompts;
     exam.others = course->prompt_others;
     exam.n = MIN((size_t)COURSE_TEST_PROMPTS, course->prompt_n);
-    struct PolicyResult result = policy_measure(course->language_model, &exam, &arena);
+    struct PolicyResult result = policy_examine(course->language_model, &exam, &arena);
 
     /* 2. Their mean and deviation. If all are the same, no scale can be told from them: PPO may
      *    still find an answer that gets another number. */
@@ -12211,7 +12211,7 @@ static void course_best_of_n(struct Course *course) {
 
     /* 2. Their rewards. The KL need not be measured: best_of_n_kl bounds it. */
     exam.ref_model = NULL;
-    struct PolicyResult result = policy_measure(course->language_model, &exam, &arena);
+    struct PolicyResult result = policy_examine(course->language_model, &exam, &arena);
     course->best_of = arena_floats(&course->arena, COURSE_BEST_OF);
     /* COURSE_BEST_OF is a power of two as well: groups of n leave no answer over */
     for (size_t n = 1; n <= COURSE_BEST_OF; n *= 2)
@@ -12220,11 +12220,11 @@ static void course_best_of_n(struct Course *course) {
 }
 
 /* DPO on its way: what has it gained so far, and at what cost? */
-static void course_measure(struct Trainer *trainer) {
+static void course_examine(struct Trainer *trainer) {
     struct Arena arena = {0};
     /* the same prompts at each step, few of them: this is a curve, not the examination */
-    struct Examination exam = course_examination(trainer->task.measure_data, COURSE_FEW_PROMPTS);
-    struct PolicyResult result = policy_measure(trainer->model, &exam, &arena);
+    struct Examination exam = course_examination(trainer->task.examine_data, COURSE_FEW_PROMPTS);
+    struct PolicyResult result = policy_examine(trainer->model, &exam, &arena);
     /* an entry of its own in the log, as an evaluation has */
     struct LogEntry *entry = state_log(&trainer->state);
     log_value(entry, "eval_reward", result.mean_reward);
@@ -12256,8 +12256,8 @@ static void course_dpo(struct Course *course) {
              count);
     trainer.task.name = "4/4 dpo";
     /* 3. measured on its way, so that reward and KL can be seen beside those of PPO's steps */
-    trainer.task.measure = course_measure;
-    trainer.task.measure_data = course;
+    trainer.task.examine = course_examine;
+    trainer.task.examine_data = course;
     trainer.args.eval_steps = MAX((size_t)1, course->dpo_steps / 6);
     if (course->dpo_steps)
         trainer_train(&trainer);
@@ -12299,7 +12299,7 @@ static void course_run(struct Course *course, const struct Dataset *data,
     for (size_t k = 0; k < course->policies; k++) {
         stage[k](course);
         struct Examination exam = course_examination(course, course->test_n);
-        course->result[k] = policy_measure(*policy[k], &exam, &course->arena);
+        course->result[k] = policy_examine(*policy[k], &exam, &course->arena);
     }
 
     /* 3. What would the best of n of its answers have reached, without PPO and DPO? */
@@ -21023,7 +21023,7 @@ static void measure_best_of(struct Options *o, struct Examination exam, struct B
     exam.others = others_of_answers(&o->arena, exam.others, prompts, b->most);
     exam.n = prompts * b->most;
     exam.ref_model = NULL;
-    float *reward = policy_measure(o->model, &exam, &o->arena).reward;
+    float *reward = policy_examine(o->model, &exam, &o->arena).reward;
 
     /* 2. Its scores in order; an answer without one cannot be chosen. For each n the mean is over
      *    the prompts that have so many answers with a score. */
@@ -21068,7 +21068,7 @@ static void eval_policy(struct Options *o, struct LogEntry *entry) {
         .generation = source.generation,
         .seed = o->train.seed,
     };
-    struct PolicyResult result = policy_measure(o->model, &exam, &o->arena);
+    struct PolicyResult result = policy_examine(o->model, &exam, &o->arena);
     log_value(entry, "reward", result.mean_reward);
     float *given = arena_floats(&o->arena, source.n);
     size_t n = scores_given(result.reward, source.n, given);
@@ -21093,7 +21093,7 @@ static void eval_language(struct Options *o, struct Trainer *trainer, struct Log
     struct LanguageTask *task = sft_task(trainer, &o->arena, o->data, NULL);
     task->examples[HELD_OUT] = task->examples[TO_LEARN];
     trainer->task.eval_n = trainer->task.n;
-    struct LogEntry measured = trainer_measure(trainer);
+    struct LogEntry measured = trainer_evaluation_loop(trainer);
     double loss;
     log_find(&measured, "eval_loss", &loss);
 
@@ -21126,7 +21126,7 @@ static void command_eval(struct Options *o) {
         /* a reward model: as training measures held-out data */
         trainer = open_training(o, REWARD_SHAPES, COUNT(REWARD_SHAPES));
         reward_task(&trainer, &o->arena, o->data, o->data);
-        entry = trainer_measure(&trainer);
+        entry = trainer_evaluation_loop(&trainer);
     } else {
         eval_language(o, &trainer, &entry);
     }

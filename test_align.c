@@ -4530,7 +4530,7 @@ static void expect_batch_size_alike(const char *what, struct Trainer *trainer) {
     struct LogEntry first = {0};
     for (size_t batch = 1; batch <= 8; batch++) {
         trainer->args.per_device_eval_batch_size = batch;
-        struct LogEntry entry = trainer_measure(trainer);
+        struct LogEntry entry = trainer_evaluation_loop(trainer);
         if (batch == 1)
             first = entry;
         expect_count(what, entry.n, first.n);
@@ -4545,14 +4545,14 @@ static void expect_batch_size_alike(const char *what, struct Trainer *trainer) {
 }
 
 static double measured(struct Trainer *trainer, const char *name) {
-    struct LogEntry entry = trainer_measure(trainer);
+    struct LogEntry entry = trainer_evaluation_loop(trainer);
     double value;
     log_find(&entry, name, &value);
     return value;
 }
 
 /* The share of the pairs i, j with rating_i - rating_j >= min_difference whose reward_i > reward_j:
- * what reward_rated_evaluated reports as accuracy, by another way. */
+ * what reward_rated_on_evaluate reports as accuracy, by another way. */
 static double pair_accuracy(const float *reward, const double *rating, size_t n,
                             double min_difference) {
     double right = 0;
@@ -4610,7 +4610,7 @@ static void test_eval_batch_size(void) {
     expect_batch_size_alike("reward, pairs", &trainer);
     task.rated = true;
     task.eval_reward = arena_floats(&test_arena, 7);
-    trainer.task.evaluated = reward_rated_evaluated;
+    trainer.task.on_evaluate = reward_rated_on_evaluate;
     expect_batch_size_alike("reward, rated", &trainer);
     reward_score(model, texts, 7, reward);
     expect_close("every pair 1 or more apart", measured(&trainer, "eval_accuracy"),
@@ -4622,7 +4622,7 @@ static void test_eval_batch_size(void) {
     task.rated = false;
     task.labelled = true;
     task.number[1] = label;
-    trainer.task.evaluated = NULL;
+    trainer.task.on_evaluate = NULL;
     expect_batch_size_alike("reward, labelled", &trainer);
     struct DPOConfig config = {
         .beta = 0.2,
