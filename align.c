@@ -19120,8 +19120,10 @@ static void course_write_summary(const struct Course *course, double seconds) {
     if (course->only_program)
         fprintf(out.file, "  \"reward_model\": null,\n");
     else
-        fprintf(out.file, "  \"reward_model\": {\"eval_accuracy\": %s},\n",
-                json_number_text(course->eval_accuracy));
+        fprintf(out.file,
+                "  \"reward_model\": {\"eval_accuracy\": %s, \"mean\": %s, \"std\": %s},\n",
+                json_number_text(course->eval_accuracy), json_number_text(course->scorer.mean),
+                json_number_text(course->scorer.std));
     if (course->program) {
         json_write_string(out.file, "  \"reward_program\": {\"command\": ",
                           text_of(course->program->command));

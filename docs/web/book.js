@@ -85,12 +85,10 @@ function functionButton(name) {
 
 function drawTerm(term) {
   const { name, text } = term[language];
-  const other = term[language === "en" ? "pt" : "en"].name;
   const known = term.functions.filter(one => functions().has(one));
   const code = known.length === 0 ? [] : [el("p", { class: "quiet" }, t("terms.code"),
     ...known.flatMap(one => [" ", functionButton(one)]))];
-  const also = other === name ? [] : [el("span", { class: "quiet" }, ` · ${other}`)];
-  return el("article", { class: "term" }, el("h3", {}, name, ...also),
+  return el("article", { class: "term" }, el("h3", {}, name),
     el("p", {}, ...withCode(text)), ...code);
 }
 
@@ -113,8 +111,10 @@ function showTerms(words = "") {
 
 function drawTerms() {
   const found = findTerms(byId("terms-find").value);
+  const sorted = [...found].sort((a, b) =>
+    a[language].name.localeCompare(b[language].name, locale()));
   byId("terms-list").replaceChildren(
-    ...found.length > 0 ? found.map(drawTerm) : [el("p", {}, t("terms.none"))]);
+    ...sorted.length > 0 ? sorted.map(drawTerm) : [el("p", {}, t("terms.none"))]);
 }
 
 /* The line below a screen: terms and functions that belong to it. Terms are named as in English. */

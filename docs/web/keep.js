@@ -11,6 +11,10 @@ function keptFiles() {
   return files;
 }
 
+/* What the first screen shows of the run, beside the run's own files: curves and samples as they
+ * were seen. */
+const SEEN = "out/page.json";
+
 function saveRun() {
   const files = keptFiles();
   const said = byId("keep-said");
@@ -18,6 +22,7 @@ function saveRun() {
     said.textContent = t("keep.empty");
     return;
   }
+  files[SEEN] = new TextEncoder().encode(JSON.stringify(course.stages));
   const bytes = Engine.zip(files);
   window.alignSaved = bytes;
   const name = "align-run.zip";
@@ -53,7 +58,7 @@ async function loadRun(event) {
 
 /* The run of the files that are there, on all screens: as far as they tell, it is done. */
 function takeRun() {
-  Object.assign(course, { stages: freshStages(), judged: null, gone: 0 });
+  Object.assign(course, { stages: freshStages(), judged: null, gone: 0, isLoaded: true });
   const folders = ["language_model", "reward_model", "ppo", "dpo"];
   folders.forEach((folder, i) => {
     const state = JSON.parse(app.engine.text(`out/${folder}/trainer_state.json`) ?? "null");
@@ -67,6 +72,8 @@ function takeRun() {
       }
     }
   });
+  const seen = JSON.parse(app.engine.text(SEEN) ?? "null");
+  if (seen?.length === STAGES.length) course.stages = seen;
   const summary = JSON.parse(app.engine.text("out/summary.json") ?? "null");
   course.gone = summary?.seconds ?? 0;
   setCourse(summary ? "done" : "idle");

@@ -47,6 +47,9 @@ const TOPICS = {
   adamw: { terms: ["optimization"] },
 };
 
+/* Those that the course's way needs, in its order. */
+const COURSE_TOPICS = ["softmax", "reward", "reinforce", "kl", "gae", "ppo", "dpo"];
+
 /* The range of a slider; the box beside it takes any number that the program takes. */
 const RANGES = {
   temperature: [0.1, 3, 0.05],
@@ -163,7 +166,12 @@ function drawExplained(text, before) {
   const old = before.split("\n\n");
   const isComparable = before !== "";
   let count = 0;
-  const blocks = text.replace(/\n+$/, "").split("\n\n").map((block, i) => {
+  const texts = text.replace(/\n+$/, "").split("\n\n");
+  // what the idea is stands above the question
+  const isIntroduced = isProse(texts[0]);
+  byId("topic-about").textContent = isIntroduced ? texts[0].replaceAll("\n", " ") : "";
+  const blocks = texts.map((block, i) => {
+    if (isIntroduced && i === 0) return "";
     const known = isComparable ? (old[i] ?? "").split(NUMBER) : null;
     const pieces = block.split(NUMBER).map((piece, k) => {
       const isNumber = k % 2 === 1;
@@ -174,7 +182,7 @@ function drawExplained(text, before) {
     });
     return el(isProse(block) ? "p" : "pre", {}, ...pieces.flatMap(withFunctions));
   });
-  byId("explained").replaceChildren(...blocks);
+  byId("explained").replaceChildren(...blocks.filter(block => block !== ""));
   return count;
 }
 
@@ -298,10 +306,16 @@ function ownModels() {
   const box = el("input", { type: "checkbox", id: "own-models", "data-test": "explain-own",
     change: event => {
       shown.isOwn = event.target.checked;
+      drawQuestion();
       openExample();
     } });
   box.checked = Boolean(shown.isOwn);
-  return [el("p", {}, el("label", {}, box, ` ${t("numbers.own")}`))];
+  const note = box.checked ? [el("p", { class: "quiet" }, t("numbers.own.on"))] : [];
+  return [el("p", {}, el("label", {}, box, ` ${t("numbers.own")}`)), ...note];
+}
+
+function isOwnShown() {
+  return Boolean(shown.isOwn && TOPICS[shown.topic].models && hasModel("ppo"));
 }
 
 /* The flags of real models: the policy after PPO, the language model as its reference. */
@@ -315,8 +329,8 @@ function modelFlags() {
 /* The example as the program has it built in, or as the models make it. */
 async function openExample() {
   const { topic } = shown;
-  const { models, prompt } = TOPICS[topic];
-  const isOwn = shown.isOwn && models && hasModel("ppo");
+  const { prompt } = TOPICS[topic];
+  const isOwn = isOwnShown();
   shown.flags = isOwn ? modelFlags() : [];
   shown.text = "";
   shown.result = null;
@@ -345,8 +359,9 @@ function drawQuestion() {
   const list = questions();
   const panel = byId("predict");
   const asked = list[shown.asked];
-  panel.hidden = !asked;
-  if (!asked) return;
+  // a question is about the built-in example
+  panel.hidden = !asked || isOwnShown();
+  if (panel.hidden) return;
   const guesses = asked.read.map(path => el("label", {}, t("predict.guess", { name: nameOf(path) }),
     el("input", { type: "number", step: "any", "data-path": path })));
   const answer = el("div", { id: "predict-answer", role: "status" });
@@ -378,10 +393,14 @@ async function answerQuestion(asked, form, place) {
   drawControls();
   await compute();
   const lines = asked.read.map((path, i) => {
-    const values = { name: nameOf(path), value: number(valueAt(shown.result, path), 4),
-      guess: guesses[i] === "" ? "–" : number(Number(guesses[i]), 4) };
+    const value = valueAt(shown.result, path);
+    const isGuessed = guesses[i] !== "";
+    const values = { name: nameOf(path), value: number(value, 4),
+      guess: number(Number(guesses[i]), 4) };
+    const isClose = Math.abs(Number(guesses[i]) - value) <= 0.05 * Math.max(0.2, Math.abs(value));
     return el("li", { class: "guess" },
-      t(guesses[i] === "" ? "predict.alone" : "predict.computed", values));
+      t(isGuessed ? "predict.computed" : "predict.alone", values),
+      isGuessed ? ` ${t(isClose ? "predict.close" : "predict.far")}` : "");
   });
   place.replaceChildren(el("ul", {}, ...lines),
     el("p", {}, ...withCode(asked[language].answer)));
@@ -437,8 +456,11 @@ const TOPIC_FUNCTIONS = {
 
 async function drawNumbers() {
   await readTopics();
-  byId("topic").replaceChildren(...Object.keys(TOPICS).map(name =>
-    el("option", { value: name }, `${name}: ${shown.names.get(name) ?? ""}`)));
+  const option = name => el("option", { value: name }, `${name}: ${shown.names.get(name) ?? ""}`);
+  const others = Object.keys(TOPICS).filter(name => !COURSE_TOPICS.includes(name));
+  byId("topic").replaceChildren(
+    el("optgroup", { label: t("numbers.course") }, ...COURSE_TOPICS.map(option)),
+    el("optgroup", { label: t("numbers.deeper") }, ...others.map(option)));
   await chooseTopic(shown.topic);
 }
 

@@ -23,11 +23,29 @@ function drawSettings() {
       label: t(`play.${key}`), about: t(`play.${key}.about`),
       changed: value => {
         play.values[setting.name] = value;
+        staleAnswers();
         if (setting.next) showNext();
       } });
   };
   byId("play-settings").replaceChildren(...SETTINGS.filter(({ next }) => next).map(draw));
   byId("write-settings").replaceChildren(...SETTINGS.filter(({ next }) => !next).map(draw));
+}
+
+function resetSettings() {
+  for (const { name, value } of SETTINGS) play.values[name] = value;
+  staleAnswers();
+  drawSettings();
+  showNext();
+}
+
+/* Answers that other settings have written are no longer the newest word. */
+function staleAnswers() {
+  byId("written-stale").hidden = byId("written").childElementCount === 0;
+}
+
+/* Division by 0 is no temperature: near it only the likeliest token is left. */
+function flagOf(name) {
+  return String(name === "temperature" ? Math.max(0.01, play.values[name]) : play.values[name]);
 }
 
 function promptOf() {
@@ -64,42 +82,54 @@ function vocabulary(model) {
 const showNext = latest(async () => {
   const model = byId("play-model").value;
   if (!model || !hasModel(model)) return;
-  const { temperature, repetition_penalty: penalty, top_k: k, top_p: p } = play.values;
-  const shape = ["next", "--model_name_or_path", `out/${model}`, "--prompt", promptOf(), "--json",
-    "--top_n", String(SHOWN_TOKENS), "--temperature", String(temperature),
-    "--repetition_penalty", String(penalty)];
+  const shape = (name, count) => ["next", "--model_name_or_path", `out/${name}`, "--prompt",
+    promptOf(), "--json", "--top_n", String(count), "--temperature", flagOf("temperature"),
+    "--repetition_penalty", flagOf("repetition_penalty")];
+  const cuts = ["--top_k", flagOf("top_k"), "--top_p", flagOf("top_p")];
   try {
-    const all = JSON.parse(await ask(shape, [`out/${model}`]));
-    const cut = JSON.parse(await ask([...shape, "--top_k", String(k), "--top_p", String(p)]));
+    const all = JSON.parse(await ask(shape(model, SHOWN_TOKENS), [`out/${model}`]));
+    const cut = JSON.parse(await ask([...shape(model, SHOWN_TOKENS), ...cuts]));
+    const was = await wordsBefore(model, shape);
     if (play.model !== model || play.size !== app.engine.read(`out/${model}/vocab.json`)) {
       Object.assign(play, { model, size: app.engine.read(`out/${model}/vocab.json`),
         words: vocabulary(model) });
     }
     byId("next-said").textContent = t("play.next.said", { kept: number(cut.kept, 0),
-      all: number(all.kept, 0) });
+      all: number(all.kept, 0), largest: percent(all.top[0][1], 1) });
     const after = new Map(cut.top);
     byId("next-bars").replaceChildren(...all.top.map(([id, before]) =>
-      drawBar(play.words[id], before, after.get(id), all.top[0][1], cut.kept < all.kept)));
+      drawBar({ word: play.words[id], before, after: after.get(id), was: was?.get(id),
+        largest: all.top[0][1], isFiltered: cut.kept < all.kept })));
   } catch (error) {
     byId("next-said").textContent = t("failed", { message: error.message });
   }
 });
 
-/* A token's bar. What a filter has cut says so; what is left says what it has become. */
-function drawBar(word, before, after, largest, isFiltered) {
+/* What the model before said of each token, by id, to compare with; null where that is the model. */
+async function wordsBefore(model, shape) {
+  if (model === "language_model" || !hasModel("language_model")) return null;
+  const { top } = JSON.parse(await ask(shape("language_model", 1000), ["out/language_model"]));
+  return new Map(top);
+}
+
+/* A token's bar. What a filter has cut says so; what is left says what it has become. Below it, thin,
+ * what the model before said. */
+function drawBar({ word, before, after, was, largest, isFiltered }) {
   const isCut = after === undefined;
   const digits = value => percent(value, 1);
   const value = isCut ? `${digits(before)} ${t("play.cut")}`
     : isFiltered ? t("play.share", { before: digits(before), after: digits(after) })
       : digits(before);
+  const width = share => `width:${Math.min(100, 100 * share / largest).toFixed(1)}%`;
+  const compared = was === undefined ? [] : [el("span", { class: "was", style: width(was) })];
+  const said = was === undefined ? value : `${value} (${t("play.was", { was: digits(was) })})`;
   return el("button", { type: "button", class: isCut ? "bar cut" : "bar", click: () => {
     byId("prompt").value += clean(word);
     showNext();
   } },
   el("span", { class: "token" }, harmless(JSON.stringify(word))),
-  el("span", { class: "track" }, el("span", { class: "fill", style:
-    `width:${(100 * before / largest).toFixed(1)}%` })),
-  el("span", { class: "value" }, value));
+  el("span", { class: "track" }, el("span", { class: "fill", style: width(before) }), ...compared),
+  el("span", { class: "value" }, said));
 }
 
 // ---- Whole answers ------------------------------------------------------------------------------
@@ -110,7 +140,7 @@ function generateFlags() {
   const names = ["repetition_penalty", "num_beams", "max_new_tokens", "seed"];
   const sampling = ["temperature", "top_k", "top_p"];
   const used = beams > 1 ? names : [...names, ...sampling];
-  const flags = used.flatMap(name => [`--${name}`, String(play.values[name])]);
+  const flags = used.flatMap(name => [`--${name}`, flagOf(name)]);
   return beams > 1 ? [...flags, "--no_repeat_ngram_size", "2"]
     : [...flags, "--do_sample", "--num_return_sequences", "3"];
 }
@@ -122,6 +152,7 @@ async function writeAnswers() {
     const cards = [];
     for (const model of modelsThere()) cards.push(await writeWith(model));
     byId("written").replaceChildren(...cards);
+    byId("written-stale").hidden = true;
   } catch (error) {
     byId("written").replaceChildren(el("p", { class: "warning" },
       t("failed", { message: error.message })));
@@ -136,9 +167,17 @@ async function writeWith(model) {
   const isJudged = hasModel("reward_model");
   const rewards = isJudged ? await judge(texts.map(text => prompt + clean(text))) : [];
   const lines = texts.map((text, i) => el("p", {},
-    ...isJudged ? [el("span", { class: "reward" }, signed(rewards[i])), " "] : [],
-    el("span", { class: "text", lang: "en" }, harmless(clean(text)))));
+    ...isJudged ? [el("span", { class: "quiet" }, judgement(rewards[i])), el("br")] : [],
+    whole(prompt, text)));
   return el("article", { class: "card" }, el("h3", {}, t(`model.${model}`)), ...lines);
+}
+
+/* A reward in words: on the results' scale if that is known, and beside real sentences. */
+function judgement(reward) {
+  const parts = [];
+  if (scaled(reward) !== null) parts.push(t("play.judged", { reward: signed(scaled(reward)) }));
+  if (course.judged) parts.push(t("play.better", { share: percent(betterThan(reward)) }));
+  return parts.join(", ");
 }
 
 // ---- The screen ---------------------------------------------------------------------------------
@@ -161,4 +200,5 @@ function startPlay() {
   byId("prompt").addEventListener("input", () => showNext());
   byId("play-model").addEventListener("change", () => showNext());
   byId("write").addEventListener("click", writeAnswers);
+  byId("play-reset").addEventListener("click", resetSettings);
 }

@@ -29,7 +29,7 @@ const CURVES = {
 
 /* The run: `state` is idle, running, paused, stopped, failed or done. Of each stage its state, the
  * step it is at, its curves by metric, and its samples. */
-const course = { state: "idle", stages: [], gone: 0, data: null, judged: null };
+const course = { state: "idle", stages: [], gone: 0, data: null, judged: null, scale: null };
 
 function freshStages() {
   return STAGES.map(() => ({ state: "waiting", step: 0, total: 0, left: null, points: {},
@@ -98,13 +98,25 @@ function courseCommand() {
   return ["rlhf", "--dataset_name", data, ...steps, "--resume_from_checkpoint", "true"];
 }
 
+/* A new run replaces what is there: it asks first. */
+function beginCourse() {
+  const isReplacing = course.state !== "stopped" && modelsThere().length > 0;
+  byId("replace").hidden = !isReplacing;
+  if (isReplacing) byId("replace-do").focus();
+  else runCourse();
+}
+
 async function runCourse() {
   const isContinued = course.state === "stopped";
+  byId("replace").hidden = true;
   if (!isContinued) {
     app.engine.remove("out");
     app.lent.clear();
-    Object.assign(course, { stages: freshStages(), gone: 0, judged: null });
+    Object.assign(course, { stages: freshStages(), gone: 0, judged: null, scale: null,
+      isLoaded: false });
     byId("results").hidden = true;
+    byId("keep-said").textContent = "";
+    forgetTaste();
   }
   if (course.data) app.engine.write("own.jsonl", course.data.text);
   course.begun = performance.now() - 1000 * course.gone;
@@ -132,11 +144,12 @@ function setCourse(state) {
   document.documentElement.dataset.engine = isBusy ? "running" : "ready";
   const words = {
     idle: () => t("run.ready"),
-    running: () => t("run.preparing"),
+    running: () => sayRunning(),
     paused: () => t("run.paused"),
     stopped: () => t("run.stopped"),
     failed: () => "",
-    done: () => `${t("run.done", { time: duration(course.gone) })} ${t("run.leave")}`,
+    done: () => course.isLoaded ? t("run.loaded")
+      : `${t("run.done", { time: duration(course.gone) })} ${t("run.leave")}`,
   };
   said.textContent = words[state]();
   byId("begin").hidden = isBusy;
@@ -145,6 +158,9 @@ function setCourse(state) {
   byId("pause").hidden = !isBusy || !app.engine.canPause;
   byId("pause").textContent = t(state === "paused" ? "run.resume" : "run.pause");
   byId("again").hidden = state !== "stopped";
+  byId("see").hidden = state !== "done";
+  // the run's own pace counts now
+  byId("share-said").hidden = isBusy;
   byId("whole").hidden = state === "idle";
   for (const input of byId("start").querySelectorAll("input")) {
     input.disabled = isBusy || state === "stopped";
@@ -155,6 +171,11 @@ function setCourse(state) {
   drawStages();
   drawWhole();
   modelsChanged();
+}
+
+function sayRunning() {
+  const i = course.stages.findIndex(stage => stage.state === "running");
+  return i < 0 ? t("run.preparing") : t("run.working", { stage: t(`stage.${i + 1}`) });
 }
 
 /* What the program says: a step, or a text that the model has just written. */
@@ -173,7 +194,7 @@ function enterStep(i, event) {
   if (stage.state !== "running") {
     course.stages.slice(0, i).forEach(earlier => earlier.state = "done");
     stage.state = "running";
-    byId("run-said").textContent = t("run.working", { stage: t(`stage.${i + 1}`) });
+    byId("run-said").textContent = sayRunning();
     if (i >= 2) startJudge();
   }
   // an evaluation before the first step knows no total
@@ -216,6 +237,8 @@ function courseWrote(path) {
   }
   if (/^out\/dpo\/checkpoint-\d+$/.test(path)) sampleDpo(path);
   if (path === "out/reward_model/model.safetensors") startJudge();
+  // the other screens can use a model as soon as it is there
+  if (/^out\/(language_model|ppo|dpo)\/model.safetensors$/.test(path)) modelsChanged();
 }
 
 const sampleDpo = latest(async folder => {
@@ -288,6 +311,12 @@ async function startJudge() {
   isJudgeStarting = false;
 }
 
+/* A reward as `align score` gives it, on the scale of the run's results: as soon as these are there. */
+function scaled(reward) {
+  const { mean, std } = course.scale ?? {};
+  return Number.isFinite(std) ? (reward - mean) / std : null;
+}
+
 /* The share of real sentences that have a lower reward. */
 function betterThan(reward) {
   if (!course.judged) return null;
@@ -296,10 +325,15 @@ function betterThan(reward) {
 
 const judgeTyped = latest(async () => {
   const text = byId("judge-text").value.trim();
-  if (!text || !course.judged) return;
+  if (!course.judged) return;
+  if (!text) {
+    byId("judge-said").textContent = t("judge.empty");
+    byId("judge-dots").replaceChildren();
+    return;
+  }
   const [reward] = await judge([text]);
-  byId("judge-said").textContent = t("judge.said", { reward: signed(reward),
-    share: percent(betterThan(reward)), count: course.judged.length });
+  byId("judge-said").textContent = t("judge.said", { share: percent(betterThan(reward)),
+    count: course.judged.length });
   drawJudged(reward);
 });
 
@@ -316,7 +350,7 @@ function drawJudged(typed) {
     svg.append(el("circle", { class: score > 0 ? "dot liked" : "dot disliked", cx: x(reward),
       cy: score > 0 ? 19 : 35, r: 3.6 }));
   }
-  svg.append(el("path", { class: "mark", d: `M${x(typed)} 27l-5 -10h10zm0 0l-5 10h10z` }));
+  svg.append(el("path", { class: "mark", d: `M${x(typed)} 27l-6 12h12z` }));
   byId("judge-dots").replaceChildren(svg);
 }
 
@@ -350,6 +384,9 @@ function buildStages() {
   drawStages();
 }
 
+/* Sentences on which a judge of words, not of meaning, goes wrong. */
+const TRIES = ["not a bad film", "not good", "wonderful wonderful wonderful", "I like bananas"];
+
 function buildJudge() {
   const text = byId("judge-text")?.value ?? t("judge.try");
   const form = el("form", { class: "judge", submit: event => {
@@ -361,6 +398,11 @@ function buildJudge() {
       value: text, lang: "en" })),
   el("p", { class: "buttons" }, el("button", { id: "judge-do", "data-test": "judge-do" },
     t("judge.do"))),
+  el("p", { class: "buttons tries" }, ...TRIES.map(words =>
+    el("button", { type: "button", lang: "en", click: () => {
+      byId("judge-text").value = words;
+      judgeTyped();
+    } }, words))),
   el("p", { id: "judge-said", role: "status", "data-test": "judge-said" }, t("judge.wait")),
   el("div", { id: "judge-dots" }),
   el("p", { id: "judge-legend", class: "quiet", hidden: true }, t("judge.legend")));
@@ -378,13 +420,14 @@ function drawStages() {
     if (list) drawSamples(list, stage.samples);
   });
   const isReady = Boolean(course.judged);
-  byId("judge-do").disabled = !isReady;
+  for (const button of byId("judge-do").form.querySelectorAll("button")) button.disabled = !isReady;
   byId("judge-legend").hidden = !isReady;
 }
 
 function stageSaid({ state, step, total, left }) {
   if (state === "waiting") return "";
   const values = { step: number(step, 0), total: number(total, 0) };
+  if (state === "running" && step === total) return t("stage.measuring", values);
   if (state !== "running" || left === null) return t("stage.step", values);
   return t("stage.left", { ...values, left: duration(left) });
 }
@@ -394,7 +437,8 @@ function drawCurves(place, stage, groups) {
     .map(metrics => metrics.filter(metric => stage.points[metric]?.length > 0)
       .map(metric => ({ name: t(CURVES[metric]), points: stage.points[metric] })))
     .filter(curves => curves.length > 0)
-    .map(curves => curveFigure(curves, stage.total));
+    .map(curves => curveFigure(curves, stage.total,
+      { isWide: groups.length === 1, level: groups[0][0] === "accuracy" ? 0.5 : null }));
   place.replaceChildren(...figures.length > 0 ? figures
     : [el("p", { class: "quiet" }, t("curve.waiting"))]);
 }
@@ -432,6 +476,15 @@ function drawWhole() {
   byId("whole-said").textContent = isKnown
     ? t("run.left", { ...values, time: duration((all - done) * gone / done) })
     : t("run.left.unknown", values);
+  sayNeeds(isRunning, done / all);
+}
+
+/* On screens that need a model: that there is none, or that one is being trained. */
+function sayNeeds(isRunning, share) {
+  const i = course.stages.findIndex(stage => stage.state === "running");
+  const text = isRunning && i >= 0
+    ? t("needs.running", { stage: t(`stage.${i + 1}`), share: percent(share) }) : t("needs.model");
+  for (const place of document.querySelectorAll(".needs")) place.textContent = text;
 }
 
 function filesSize() {
@@ -448,10 +501,66 @@ function showResults() {
   const report = JSON.parse(app.engine.text("out/report.json") ?? "null");
   byId("results").hidden = !summary || !report;
   if (!summary || !report) return;
+  course.scale = summary.reward_model;
+  byId("results-verdict").replaceChildren(...["ppo", "dpo"].map(name =>
+    el("p", {}, ...verdict(name, summary))));
+  byId("results-hills").replaceChildren(drawHills(report));
   byId("results-table").replaceChildren(...resultRows(summary));
   byId("results-samples").replaceChildren(...report.samples.slice(0, 4).map(drawCompared));
   showReport();
   startJudge();
+}
+
+/* What a policy has gained, and what it has lost by it, in sentences. */
+function verdict(name, { before, [name]: after }) {
+  const gain = after.reward_after - after.reward_before;
+  const values = { model: t(`results.${name}`), before: signed(after.reward_before),
+    after: signed(after.reward_after), kl: number(after.kl, 1) };
+  const said = [t(gain > 0.3 ? "results.verdict" : "results.verdict.not", values)];
+  const isAlike = after.distinct_2 < 0.85 * before.distinct_2;
+  said.push(t(isAlike ? "results.hacked" : "results.kept",
+    { a: number(after.distinct_2), b: number(before.distinct_2) }));
+  const longer = after.mean_length / before.mean_length;
+  const lengths = { a: number(after.mean_length, 0), b: number(before.mean_length, 0) };
+  if (longer > 1.25) said.push(t("results.longer", lengths));
+  if (longer < 0.8) said.push(t("results.shorter", lengths));
+  return [el("b", {}, said[0]), ` ${said.slice(1).join(" ")}`];
+}
+
+/* drawHills -- how many answers have which reward, a hill for each model, all on one scale. */
+function drawHills(report) {
+  const rows = [["real", [...report.liked, ...report.disliked].map(scaled)],
+    ["before", report.before], ["ppo", report.ppo], ["dpo", report.dpo]]
+    .filter(([, rewards]) => rewards?.length > 0 && rewards.every(Number.isFinite));
+  const [low, high, bins, height] = [-3.5, 4, 30, 34];
+  const x = reward => 92 + 300 * (reward - low) / (high - low);
+  const svg = el("svg", { viewBox: `0 0 400 ${rows.length * 40 + 18}`, role: "img",
+    "aria-label": t("results.hills") });
+  rows.forEach(([name, rewards], row) => {
+    const bottom = row * 40 + 38;
+    const count = new Array(bins).fill(0);
+    for (const reward of rewards) {
+      const bin = Math.floor(bins * (reward - low) / (high - low));
+      count[Math.max(0, Math.min(bins - 1, bin))]++;
+    }
+    // three neighbours to a mean, so that chance does not look like a peak
+    const soft = count.map((n, i) => (n + (count[i - 1] ?? 0) + (count[i + 1] ?? 0)) / 3);
+    const most = Math.max(...soft);
+    const tops = soft.map((n, i) => {
+      const at = low + (i + 0.5) * (high - low) / bins;
+      return `L${x(at).toFixed(1)} ${(bottom - height * n / most).toFixed(1)}`;
+    });
+    svg.append(
+      el("path", { class: name === "real" ? "hill real" : "hill",
+        d: `M${x(low)} ${bottom}${tops.join("")}L${x(high)} ${bottom}z` }),
+      el("text", { x: 86, y: bottom - 8, "text-anchor": "end" }, t(`results.${name}`)));
+  });
+  const end = rows.length * 40 + 12;
+  for (const value of [-3, -2, -1, 0, 1, 2, 3]) {
+    svg.append(el("text", { x: x(value), y: end, "text-anchor": "middle" }, number(value, 0)));
+  }
+  svg.append(el("path", { class: "axis", d: `M${x(0)} 2V${rows.length * 40}` }));
+  return svg;
 }
 
 function resultRows(summary) {
@@ -476,9 +585,15 @@ function drawCompared({ prompt, ...answers }) {
   const lines = ["before", "ppo", "dpo"].filter(name => answers[name]).map(name =>
     el("p", {}, el("span", { class: "quiet" }, `${t(`results.${name}`)} `),
       rewardMark(answers[name].reward), el("br"),
-      el("span", { class: "text", lang: "en" }, harmless(clean(answers[name].tokens.join(""))))));
-  return el("article", { class: "card" },
-    el("p", {}, el("b", { class: "text", lang: "en" }, `${harmless(prompt)} …`)), ...lines);
+      whole(prompt, answers[name].tokens.join(""))));
+  return el("article", { class: "card" }, ...lines);
+}
+
+/* A beginning, in grey, and its answer; "…" where the answer was cut off. */
+function whole(prompt, text) {
+  const end = text.includes("<|endoftext|>") ? "" : " …";
+  return el("span", { class: "text", lang: "en" },
+    el("span", { class: "given" }, harmless(prompt)), harmless(clean(text)) + end);
 }
 
 let reportAddress = null;
@@ -521,7 +636,13 @@ function pauseCourse() {
 function startRun() {
   byId("share").addEventListener("input", chooseShare);
   byId("own-texts").addEventListener("change", takeTexts);
-  byId("begin").addEventListener("click", runCourse);
+  byId("begin").addEventListener("click", beginCourse);
+  byId("replace-do").addEventListener("click", runCourse);
+  byId("replace-not").addEventListener("click", () => byId("replace").hidden = true);
+  byId("see").addEventListener("click", () => {
+    byId("results-title").scrollIntoView();
+    byId("results-title").focus({ preventScroll: true });
+  });
   byId("pause").addEventListener("click", pauseCourse);
   byId("stop").addEventListener("click", () => app.engine.stop());
   byId("again").addEventListener("click", () => {

@@ -8,7 +8,7 @@ const SHOWN = 40; /* beginnings for the figures afterwards */
 
 /* pairs: {prompt, chosen, rejected}; ready: pairs of answers to be compared next; place: which
  * beginnings have been used. */
-const taste = { pairs: [], ready: [], now: null, place: 0, state: "idle", points: {}, result: null };
+const taste = { rule: "shorter", pairs: [], ready: [], now: null, place: 0, state: "idle", points: {}, result: null };
 
 /* Beginnings of real sentences, three to five words, the same in every run. */
 const beginnings = once(() => jsonLines(shipped("docs/reviews.jsonl"))
@@ -35,13 +35,46 @@ const END = "<|endoftext|>";
 
 // ---- Choosing -----------------------------------------------------------------------------------
 
+/* The rules that are offered, each with what it looks at; for a rule of one's own, nothing. */
+const RULES = {
+  shorter: text => wordsOf(text),
+  longer: text => wordsOf(text),
+  comma: text => Number(text.includes(",")),
+  mine: null,
+};
+
 /* Two different answers to a prompt, both with an end of their own where there are such: DPO learns
- * the end, too. */
+ * the end, too. Under a rule two between which it can decide, in the order in which they came. */
 function twoOf({ prompt, texts }) {
   const ended = texts.filter(text => text.includes(END));
   const pool = [...new Set((ended.length >= 2 ? ended : texts).map(clean))]
     .filter(text => text.trim());
-  return pool.length >= 2 ? { prompt, texts: pool.slice(0, 2) } : null;
+  const look = RULES[taste.rule];
+  if (!look || pool.length < 2) return pool.length >= 2 ? { prompt, texts: pool.slice(0, 2) } : null;
+  const sorted = [...pool].sort((a, b) => look(a) - look(b));
+  const ends = [sorted[0], sorted.at(-1)];
+  if (look(ends[0]) === look(ends[1])) return null;
+  return { prompt, texts: pool.filter(text => ends.includes(text)) };
+}
+
+/* Pairs that were written for another rule may not show this one. */
+function chooseRule(rule) {
+  taste.rule = rule;
+  taste.ready = [];
+  drawRules();
+  nextPair();
+}
+
+function drawRules() {
+  byId("rules").replaceChildren(...Object.keys(RULES).map(rule => el("button", { type: "button",
+    "aria-pressed": String(rule === taste.rule), click: () => chooseRule(rule) },
+  t(`taste.rule.${rule}`))));
+}
+
+/* The pairs were answers of models that are gone. */
+function forgetTaste() {
+  Object.assign(taste, { pairs: [], ready: [], now: null, points: {}, result: null, state: "idle" });
+  byId("train-said").textContent = "";
 }
 
 /* The answers that are being written; who needs some waits for those. */
@@ -56,6 +89,7 @@ async function writePairs() {
   try {
     const written = await answersOf("language_model", nextBeginnings(8), 4, 1 + taste.place);
     taste.ready.push(...written.map(twoOf).filter(pair => pair));
+    taste.tries = taste.ready.length > 0 ? 0 : (taste.tries ?? 0) + 1;
   } catch (error) {
     byId("train-said").textContent = t("failed", { message: error.message });
   }
@@ -66,7 +100,8 @@ async function nextPair() {
   if (taste.ready.length === 0) {
     taste.now = null;
     drawPair();
-    await writeMore();
+    // of eight beginnings none may have answers between which the rule decides
+    do await writeMore(); while (taste.ready.length === 0 && taste.tries > 0 && taste.tries < 5);
     // chosen quickly, the pair that was waited for may have been taken already
     if (taste.now) return;
   }
@@ -183,7 +218,9 @@ function mean(values) {
 async function figuresOf(rows) {
   const rewards = hasModel("reward_model")
     ? await judge(rows.map(({ prompt, text }) => prompt + clean(text))) : [];
-  return { words: mean(rows.map(({ text }) => wordsOf(clean(text)))), reward: mean(rewards),
+  return { words: mean(rows.map(({ text }) => wordsOf(clean(text)))),
+    commas: mean(rows.map(({ text }) => RULES.comma(text))),
+    better: course.judged ? mean(rewards.map(betterThan)) : null,
     ends: mean(rows.map(({ text }) => text.includes(END) ? 1 : 0)), rows };
 }
 
@@ -205,12 +242,23 @@ function drawChanged() {
   const { result } = taste;
   byId("changed").hidden = !result;
   if (!result) return;
+  const { before, after } = result;
+  const count = taste.pairs.length;
+  const isComma = taste.rule === "comma";
+  const isEmpty = after.rows.some(({ text }) => wordsOf(clean(text)) < 2);
+  byId("changed-said").replaceChildren(
+    el("p", {}, el("b", {}, isComma
+      ? t("taste.headline.comma", { count, before: percent(before.commas), after: percent(after.commas) })
+      : t("taste.headline", { count, before: number(before.words, 1), after: number(after.words, 1) }))),
+    ...isEmpty ? [el("p", {}, t("taste.hacked"))] : []);
+  byId("changed-about").textContent = t("taste.changed.about", { count });
   const columns = ["chosen", "rejected", "before", "after"];
   const rows = [
     ["taste.words", name => number(result[name].words, 1)],
-    ["taste.reward", name => signed(result[name].reward)],
+    ["taste.commas", name => percent(result[name].commas)],
+    ["taste.reward", name => percent(result[name].better ?? 0)],
     ["taste.ends", name => name in { before: 1, after: 1 } ? percent(result[name].ends) : "–"],
-  ].filter(([key]) => key !== "taste.reward" || hasModel("reward_model"));
+  ].filter(([key]) => key !== "taste.reward" || before.better !== null);
   byId("changed-table").replaceChildren(
     el("thead", {}, el("tr", {}, el("td", {}), ...columns.map(name =>
       el("th", { scope: "col", class: "numbers" }, t(`taste.${name}`))))),
@@ -219,15 +267,15 @@ function drawChanged() {
       ...columns.map(name => el("td", { class: "numbers" }, value(name)))))));
   byId("changed-samples").replaceChildren(...result.before.rows.slice(0, 8).map((row, i) =>
     el("article", { class: "card" },
-      el("p", {}, el("b", { class: "text", lang: "en" }, `${harmless(row.prompt)} …`)),
       ...[["before", row], ["after", result.after.rows[i]]].map(([name, { text }]) =>
         el("p", {}, el("span", { class: "quiet" }, t(`taste.${name}`)), el("br"),
-          el("span", { class: "text", lang: "en" }, harmless(clean(text))))))));
+          whole(row.prompt, text))))));
 }
 
 // ---- The screen ---------------------------------------------------------------------------------
 
 function drawTaste() {
+  drawRules();
   drawPair();
   drawTasteCurves();
   drawChanged();

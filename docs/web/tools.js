@@ -72,7 +72,7 @@ function rewardMark(value) {
 
 // ---- Curves -------------------------------------------------------------------------------------
 
-const FRAME = { width: 220, height: 104, left: 34, right: 216, top: 8, bottom: 88 };
+const FRAME = { width: 220, height: 104, left: 34, top: 8, bottom: 88 };
 
 /* The path through points {x, y} whose places are shares of the frame. */
 function curvePath(points, place) {
@@ -81,28 +81,33 @@ function curvePath(points, place) {
 
 /* curveFigure -- curves over a stage's steps as a figure. The first is drawn solid, the second
  * dashed: colour is never the only difference.
- * in   curves: [{name, points: [{x, y}]}], total: the last step there will be */
-function curveFigure(curves, total) {
+ * in   curves: [{name, points: [{x, y}]}], total: the last step there will be; isWide: it has a
+ *      whole card; level: a value that is drawn as a line, whatever the curve's are */
+function curveFigure(curves, total, { isWide = false, level = null } = {}) {
+  const width = isWide ? 2 * FRAME.width : FRAME.width;
+  const right = width - 4;
   const drawn = curves.filter(({ points }) => points.length > 0);
   const values = drawn.flatMap(({ points }) => points.map(point => point.y));
+  if (level !== null) values.push(level);
   const low = Math.min(...values);
   const high = Math.max(...values);
   const range = high - low || Math.abs(high) || 1;
-  const x = value => FRAME.left + (FRAME.right - FRAME.left) * value / Math.max(1, total);
+  const x = value => FRAME.left + (right - FRAME.left) * value / Math.max(1, total);
   const y = value => FRAME.bottom - (FRAME.bottom - FRAME.top) * (value - low) / range;
   const place = point => `${x(point.x).toFixed(1)} ${y(point.y).toFixed(1)}`;
   const spoken = drawn.map(({ name, points }) => t("curve.spoken", { name, count: points.length,
     first: number(points[0].y), last: number(points.at(-1).y) })).join(" ");
 
-  const svg = el("svg", { viewBox: `0 0 ${FRAME.width} ${FRAME.height}`, role: "img",
+  const svg = el("svg", { viewBox: `0 0 ${width} ${FRAME.height}`, role: "img",
     preserveAspectRatio: "xMinYMid meet", "aria-label": spoken });
-  for (const value of high > low ? [low, high] : [low]) {
+  const isBetween = level !== null && level > low && level < high;
+  for (const value of high > low ? [low, high, ...isBetween ? [level] : []] : [low]) {
     svg.append(
-      el("path", { class: "axis", d: `M${FRAME.left} ${y(value)}H${FRAME.right}` }),
+      el("path", { class: "axis", d: `M${FRAME.left} ${y(value)}H${right}` }),
       el("text", { x: FRAME.left - 4, y: y(value) + 3, "text-anchor": "end" }, number(value, 1)));
   }
-  svg.append(el("text", { x: FRAME.right, y: FRAME.height - 3, "text-anchor": "end" },
-    number(total, 0)));
+  svg.append(el("text", { x: right, y: FRAME.height - 3, "text-anchor": "end" },
+    t("curve.steps", { steps: number(total, 0) })));
   drawn.forEach(({ points }, i) => {
     svg.append(el("path", { class: i ? "curve second" : "curve", d: curvePath(points, place) }));
     const last = points.at(-1);
