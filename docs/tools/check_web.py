@@ -371,7 +371,13 @@ def check_course(page, name, steps, seconds):
         set_value(page, f"{stage}-steps", n)
     begin, pid = time.monotonic(), page.browser.process.pid
     processor = processor_seconds(pid)
+    had_models = page.evaluate("Boolean(engine.read('out/language_model/model.safetensors'))")
     click(page, "run-course")
+    asks = page.evaluate(f"!{test('replace-do')}.closest('#replace').hidden")
+    if had_models:
+        check(f"{name}: a new run asks before it replaces models", asks)
+        click(page, "replace-do")
+    wait(page, f"{test('course-state')}.dataset.state === 'running'", 20)
     ended = state(page, "course-state", seconds)
     took, processor = time.monotonic() - begin, processor_seconds(pid) - processor
     summary = json.loads(page.evaluate("engine.text('out/summary.json') || '{}'") or "{}")

@@ -417,7 +417,7 @@ function drawStages() {
     card.querySelector(".said").textContent = stageSaid(stage);
     drawCurves(card.querySelector(".curves"), stage, STAGES[i].curves);
     const list = card.querySelector(".samples");
-    if (list) drawSamples(list, stage.samples);
+    if (list) drawSamples(list, stage);
   });
   const isReady = Boolean(course.judged);
   for (const button of byId("judge-do").form.querySelectorAll("button")) button.disabled = !isReady;
@@ -444,11 +444,12 @@ function drawCurves(place, stage, groups) {
 }
 
 /* The newest first; those that are there already stay, and with them the reader's place. */
-function drawSamples(list, samples) {
-  if (list.dataset.count === String(samples.length) && list.childElementCount > 0) return;
-  list.dataset.count = samples.length;
+function drawSamples(list, { samples, state }) {
+  const shownAs = `${samples.length} ${state === "done"}`;
+  if (list.dataset.shown === shownAs && list.childElementCount > 0) return;
+  list.dataset.shown = shownAs;
   list.replaceChildren(...samples.length > 0 ? samples.map(drawSample).reverse()
-    : [el("li", { class: "quiet" }, t("stage.nothing"))]);
+    : [el("li", { class: "quiet" }, t(state === "done" ? "stage.unseen" : "stage.nothing"))]);
 }
 
 function drawSample({ prompt, text, score, better }) {
@@ -514,7 +515,7 @@ function showResults() {
 /* What a policy has gained, and what it has lost by it, in sentences. */
 function verdict(name, { before, [name]: after }) {
   const gain = after.reward_after - after.reward_before;
-  const values = { model: t(`results.${name}`), before: signed(after.reward_before),
+  const values = { model: name.toUpperCase(), before: signed(after.reward_before),
     after: signed(after.reward_after), kl: number(after.kl, 1) };
   const said = [t(gain > 0.3 ? "results.verdict" : "results.verdict.not", values)];
   const isAlike = after.distinct_2 < 0.85 * before.distinct_2;

@@ -187,7 +187,7 @@ function tasteSays(event) {
 
 function drawTasteCurves() {
   byId("train-curves").replaceChildren(...Object.entries(taste.points).map(([metric, points]) =>
-    curveFigure([{ name: t(CURVES[metric]), points }], 40)));
+    curveFigure([{ name: t(metric === "loss" ? "curve.dpo_loss" : CURVES[metric]), points }], 40)));
 }
 
 function setTaste(state, seconds) {
