@@ -46,7 +46,7 @@
  *    20 The whole course (rlhf)
  *    21 One example, number by number
  *
- * RLHF in 700 lines. Read the essays that open chapters 2 to 5, then these functions in this
+ * RLHF in 800 lines. Read the essays that open chapters 2 to 5, then these functions in this
  * order, each with its comment. That is the whole idea:
  *   sigmoid, log_sigmoid    log-odds become probabilities                                chapter 2
  *   softmax                 so do logits
@@ -84,8 +84,7 @@
  * is in test_align.c, run by `./test_align NAME`: it checks the function against such a case, the
  * numbers of those libraries ("golden") or a difference quotient.
  *
- * To step through in gdb: `make debug`, then the end of chapter 17's essay, or the guided tours of
- * docs/debugging.md.
+ * To step through in gdb: `make debug`, then the end of chapter 17's essay, or docs/debugging.md.
  *
  * Symbols. In shapes and loops a capital letter has one meaning (but in chapters 9 and 12, A, B, C,
  * M, N and K are the letters of matrix algebra):
@@ -740,9 +739,10 @@ static double sentiment_loss(const float *reward, const double *label, size_t n,
  * Four words that are easily confused:
  *   r        what the reward model says of a text; chapters 3, 5 and 16 call it its reward
  *   score    r on a convenient scale (scorer_scale, chapter 17): one number for each answer
- *   reward   of a token: -beta times its log pi - log pi_ref, plus the score if it is the last
+ *   reward   of a token: -beta (log pi - log pi_ref), plus the score if it is the last
  *   R(y)     the sum of an answer's rewards, score - beta (log pi(y) - log pi_ref(y)). The mean of
- *            this difference over pi's answers is KL(pi || pi_ref) (kl_exact): J is the mean of R
+ *            log pi(y) - log pi_ref(y) over pi's answers is KL(pi || pi_ref), as in kl_exact, but
+ *            of whole answers instead of next tokens: so J is the mean of R
  *
  * The chapter goes one step at a time; each step mends a weakness of the one before:
  *   REINFORCE        score times grad log pi: unbiased, but very noisy
@@ -817,8 +817,7 @@ static double unbiased_variance(const float *x, size_t n) {
  * Advantages on one scale need only one learning rate, whatever the reward model's unit is. And
  * some tokens of a batch are raised, others lowered: the worse of two good ones goes down.
  * (The mean that is subtracted contains each token's own advantage, as a baseline should not, see
- * reinforce_advantages; among thousands that hardly matters.) Returns what a zero would have
- * become, for ppo_padding_advantage.
+ * reinforce_advantages; among thousands that hardly matters.) Returns what zero becomes.
  * By hand: 1, 2, 6: mean 3, variance 7: -0.7559, -0.3780, 1.1339.     test: ppo_whiten_golden */
 static double whiten(float *x, size_t n, bool shift_mean) {
     /* Without the 1e-8, equal numbers, whose variance is 0, would become infinite or NaN. */
@@ -865,9 +864,7 @@ enum Baseline {
  * The baselines of whole answers:
  *   none   b = 0
  *   mean   b = the mean R of all earlier steps
- *   rloo   b = the mean R of the other answers to the same prompt (leave one out)      [23]
- * TRL 1.16's RLOOTrainer with num_iterations 1 takes the same step, but logs another loss: that of
- * ratios, -A ratio, clipped; all ratios are 1, and the advantages of a prompt add up to 0. */
+ *   rloo   b = the mean R of the other answers to the same prompt (leave one out)      [23] */
 
 struct ReinforceConfig {
     enum Baseline baseline;
@@ -942,9 +939,7 @@ struct PPOConfig {
     bool use_score_norm; /* and subtract their running mean first */
     double score_clip; /* scores are limited to +- this; 0: no limit */
     double ratio_threshold; /* a mini-batch whose mean ratio exceeds it is skipped */
-    /* end a step's epochs once the policy has moved too far from the one that wrote the answers
-     * (not from the reference, as `target` is): */
-    bool early_stopping;
+    bool early_stopping; /* end a step's epochs if the policy has moved too far in them: */
     double target_kl; /* by more than 1.5 times this, in nats per token */
 };
 
@@ -978,7 +973,7 @@ static float kl_penalty_token(enum KLPenalty kind, float logprob, float ref_logp
  * policy that wrote the answers, and stays as it is while PPO uses them for several updates. At the
  * first step the policy still is the reference: every kl is 0, and only the score is paid.
  * A token also answers for the penalties after it, since GAE adds up what follows. In the example
- * " very" loses 0.1181 by the KL: its own 0.10, and 0.9025 * 0.02 of the last token's.
+ * " very" loses 0.1181 by the KL: its own 0.10, and 0.95^2 (gae_step) * 0.02.
  * kl_coef is beta as it is now.
  * By hand: beta 0.2: a divergence of 0.50 costs 0.10; one of -0.30 earns 0.06.
  *                                             test: ppo_advantages_golden; gdb: break kl_reward */
@@ -1030,8 +1025,8 @@ static double kl_controller_update(const struct PPOConfig *config, double kl_coe
  *     lambda 0.95    A   0.3187  0.546  0.68
  *     lambda 1       A   0.38    0.58   0.68    the plain sum of rewards from t on, minus value_t,
  *                                               which is only a baseline: unbiased, but noisy
- * At lambda 1 what the head says of later positions cancels (if gamma is 1):
- * -0.20 - 0.10 + 0.68 = 0.38 = (-0.10 + 0 + 0.98) - 0.50.
+ * At lambda 1 what the head says of later positions cancels, since one delta adds what the next one
+ * subtracts: -0.20 - 0.10 + 0.68 = 0.38 = (-0.10 + 0 + 0.98) - 0.50.
  * By hand: the chapter's last token: delta = 0.98 + 0 - 0.3 = 0.68, A = 0.68. The one before it:
  * delta = 0 + 0.3 - 0.4 = -0.1, A = -0.1 + 0.95 * 0.68 = 0.546. The first: delta = -0.1 + 0.4 - 0.5
  * = -0.2, A = -0.2 + 0.95 * 0.546 = 0.3187.
@@ -1088,6 +1083,7 @@ struct TokenLoss {
  * the direction of its advantage A?
  *   ratio = exp(logprob - old_logprob)
  *   loss  = max(-A ratio, -A clip(ratio, 1 - eps, 1 + eps)),   eps = clip_range     [6] Eq. 7
+ * (The paper maximizes the smaller of two gains; here it is the larger of two losses.)
  * Why a ratio? The tokens were drawn from the old policy. A mean under pi is a mean under the old
  * one, weighted: E_pi[A] = E_old[(pi / pi_old) A], which is called importance sampling; -A ratio is
  * a term of it. (That the tokens before this one were the old policy's, too, is neglected: true
@@ -1215,7 +1211,7 @@ static struct PPOLoss ppo_loss(const struct PPOConfig *config, struct PPOTokens 
     return loss;
 }
 
-/* ---- GRPO ----------------------------------------------------------------------------------- */
+/* ---- GRPO: on a first reading grpo_advantages is enough -------------------------------------- */
 
 /* GRPO [24], the group relative form of PPO, is what most reasoning models are trained with, and
  * TRL's main trainer. It is a small step from here:
@@ -1486,8 +1482,8 @@ static double grpo_loss(const struct GRPOConfig *config, struct GRPOAnswer *answ
  * Is all of chapter 4's machinery needed? The objective J(pi) = E[r] - beta KL(pi || pi_ref) has a
  * maximum that can be written down. At the maximum nothing is gained by moving probability from one
  * answer to another: the derivative of J by pi(y), r(y) - beta (log(pi(y) / pi_ref(y)) + 1), is the
- * same for all y (not 0: the sum must stay 1). So log(pi / pi_ref) is r / beta plus a constant,
- * which makes the sum 1 (exact_optimum has the proof). For one prompt x, omitted here:
+ * same for all y (not 0: the sum must stay 1; the + 1 is the product rule's). So log(pi / pi_ref)
+ * is r / beta plus a constant, which makes the sum 1 (exact_optimum has the proof). For one x:
  *
  *     pi*(y) = pi_ref(y) e^(r(y)/beta) / Z          Z = sum_y pi_ref(y) e^(r(y)/beta)    [5] Eq. 4
  *                                         [glossary: Distribuição ponderada por recompensa]
@@ -1504,8 +1500,10 @@ static double grpo_loss(const struct GRPOConfig *config, struct GRPOAnswer *answ
  * answers of a pair, y_w chosen and y_l rejected, have the same prompt, so beta log Z cancels:
  *     r(y_w) - r(y_l) = beta log(pi(y_w) / pi_ref(y_w)) - beta log(pi(y_l) / pi_ref(y_l))
  * and neither reward model nor sampling nor value head is needed. Why does it lead to the same pi*?
- * If people choose as Bradley-Terry says, by r, and all pairs are seen, the loss is least where the
- * implied differences are r's, at pi* (exact_dpo_loss, chapter 19). Few pairs only come near it.
+ * If people choose as Bradley-Terry says, by r, a pair's mean loss is the cross-entropy of their
+ * probability, sigmoid of r's difference, and the policy's; it is least where both agree. If they
+ * do for all pairs, beta log(pi / pi_ref) is r plus a constant, and as pi must sum to 1, pi is pi*
+ * (exact_dpo_loss, chapter 19). With few pairs it only comes near.
  *
  *     reference         chosen -10.0    rejected -12.0        log-probabilities of whole answers
  *     policy            chosen  -8.0    rejected -13.0
@@ -1780,9 +1778,9 @@ static double dpo_loss(const struct DPOConfig *config, size_t B, struct DPOSide 
  *     penalty 1.25     1.6      1.0      0.0    -2.0     " good" was there already: 2.0 / 1.25
  *     temperature 0.5  3.2      2.0      0.0    -4.0     divided by 0.5: differences double
  *     top-k 3          3.2      2.0      0.0    -inf     the three largest stay
- *     top-p 0.9        3.2      2.0     -inf    -inf     of the three: 0.745; two: 0.970
+ *     top-p 0.9        3.2      2.0     -inf    -inf     of these three 0.745 + 0.224: two
  *     softmax          0.769    0.231    0       0
- *     u = 0.8 draws " long": the running sum 0.769, 1 passes 0.8 there
+ *     u = 0.8 draws " long": in the order of the ids the running sum is 0.769, then 1, past 0.8
  *
  * A token's mass is its probability. By default, PPO and REINFORCE draw their own answers without
  * any cut: their formulas are means over what the policy says, not over what a filter leaves of it.
@@ -1957,9 +1955,10 @@ static size_t top_p_cut(const struct Candidate *order, size_t n, double total, d
  * in, out  logits (V); p in [0, 1); min_keep: at least this many stay
  * By hand: probabilities 0.5, 0.3, 0.2. p = 0.45: the first alone, which holds 0.5; p = 0.6: the
  * first two, which hold 0.8. A set that holds exactly p is enough, as in transformers: with p = 0.5
- * the first stays alone. (Some programs want more than p, and would keep two.) p counts after the
- * temperature and top-k. Equal logits are cut between, too, the smaller ids first: of four equal
- * ones p = 0.5 leaves ids 2 and 3, where top-k would keep all four.
+ * the first stays alone. (Some programs want more than p, and would keep two.) The mass is
+ * counted after the temperature and top-k: a temperature below 1 sharpens first, so fewer tokens
+ * reach p. Of tokens with equal logits, too, only some may stay, those with the larger ids: of four
+ * equal ones p = 0.5 leaves ids 2 and 3, where top-k would keep all four.
  * What is left is divided by its mass in sample_token: 0.5, 0.3 become 0.625, 0.375.
  *                                                                     test: generate_processors */
 static void process_top_p(float *logits, size_t V, double p, size_t min_keep) {
@@ -8212,13 +8211,16 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
  *                  6. statistics, in TRL's names
  *                  7. the KL controller moves beta
  *
- * The path of the derivative from PPO's loss to wte:
+ * The path of the derivative from PPO's loss to wte (forward it was ppo_forward: batch_logprobs,
+ * which is gpt2_forward and lm_head_forward, and scalar_head_forward):
  *
  *     ppo_loss               dlogprobs (R) of ppo_token_loss, dvalues (R) of ppo_value_loss;
  *                            ppo_weigh then multiplies them by the mini-batch's share of the step
  *       ppo_backward         calls all that follow
- *         lm_head_backward       d logits, row by row (lm_head_backward_row, which gets dlogprob /
- *                                temperature) -> wte.d as the output layer; dhidden (N,C)
+ *         lm_head_backward       lm_head_backward_chunk for each chunk of rows:
+ *           lm_head_backward_row     dlogprob / temperature -> d logits (R,V); then two products:
+ *                                    wte.d += d logits^T hidden, as the output layer; and
+ *                                    dhidden (N,C) += d logits wte
  *         scalar_head_backward   dhidden += dvalue times the value head's weights
  *         gpt2_backward          dhidden (N,C) -> dx (N,C), the derivative of the stream
  *           layernorm_backward       ln_f, and twice in each block
@@ -8240,13 +8242,15 @@ static void reward_score(const struct GPT2 *model, const struct Example *texts, 
  *   d logits       0.3957 (1 - 0.3329) = 0.2640 for " very", 0.3957 (0 - 0.6671) = -0.2640 for "x"
  *   output         d logit times hidden: wte.d gets (0.2640, 0.5280) for " very",
  *                  (-0.2640, -0.5280) for "x"
- *   d hidden       sum of d logit times wte: -0.2640 (0.6952, 0) = (-0.1835, 0), which is dx here
+ *   d hidden       sum of d logit times wte: -0.2640 (0.6952, 0) = (-0.1835, 0), which is dx here;
+ *                  " very" adds nothing, its vector is 0
  *   embedding      "x" was read, so wte.d gets dx for it, too: in all
  *                  (-0.2640 - 0.1835, -0.5280 + 0) = (-0.4475, -0.5280); wpe.d gets the same dx
  * A step down, against wte.d, lowers the logit of " very".                         test: wte_hand
  * A value head with the weights (0.5, 1) would add its slope, -0.00729, times these, (-0.0036,
- * -0.0073), to d hidden: the value loss reaches wte as the embedding alone. Does all this, with a
- * block in between: `align explain backprop`.
+ * -0.0073), to d hidden: the value loss reaches wte as the embedding alone. The way with numbers,
+ * through one block, from PPO's clipped loss, without a value head: `align explain backprop`.
+ *
  * Which tokens' vectors in wte get a gradient? As the output layer, those of the whole vocabulary,
  * from each position that predicts a token of an answer (none from a clipped one, whose slope is
  * 0; its value's slope may still come in as the embedding). As the embedding, those of the tokens
@@ -9023,7 +9027,10 @@ static void reinforce_log(struct RolloutTrainer *trainer, const struct Rollout *
 /* reinforce_step -- one step up the gradient of J, from batch_size new rollouts.
  *              [glossary: Gradiente de política] [glossary: Truque da log-derivada]
  * The rollouts are used once. After the step the policy is a different one, and they are not its
- * answers: PPO's ratio and clip are there to use them again.            test: reinforce_step */
+ * answers: PPO's ratio and clip are there to use them again.
+ * With rloo, TRL 1.16's RLOOTrainer with num_iterations 1 takes the same step, but logs another
+ * loss: that of ratios, -A ratio, clipped; all ratios are 1, and the advantages of a prompt add up
+ * to 0.                                                                  test: reinforce_step */
 static void reinforce_step(struct RolloutTrainer *trainer, const struct Rollout *rollouts) {
     struct Arena *arena = &trainer->arena;
     size_t n = trainer->batch_size;
