@@ -151,7 +151,7 @@ function sayChanged(before, after) {
   const inputs = TOPICS[shown.topic].fields ?? [];
   return Object.entries(after)
     .filter(([name, value]) => typeof value === "number" && !inputs.includes(name) &&
-      typeof before?.[name] === "number" && before[name] !== value)
+      typeof before?.[name] === "number" && Math.abs(before[name] - value) > 1e-4)
     .map(([name, value]) => t("numbers.became", { name, before: number(before[name], 4),
       after: number(value, 4) })).join(", ");
 }
@@ -176,7 +176,7 @@ function drawExplained(text, before) {
     const pieces = block.split(NUMBER).map((piece, k) => {
       const isNumber = k % 2 === 1;
       if (!isNumber) return isProse(block) ? piece.replaceAll("\n", " ") : piece;
-      if (!known || known[k] === piece) return piece;
+      if (!known || isSameNumber(known[k], piece)) return piece;
       count++;
       return el("mark", {}, piece);
     });
@@ -184,6 +184,13 @@ function drawExplained(text, before) {
   });
   byId("explained").replaceChildren(...blocks.filter(block => block !== ""));
   return count;
+}
+
+/* The same, or apart by no more than the last digit's rounding. */
+function isSameNumber(before, now) {
+  if (before === now) return true;
+  const digits = (now.split(".")[1] ?? "").length;
+  return digits >= 3 && Math.abs(Number(before) - Number(now)) < 1.5 * 10 ** -digits;
 }
 
 /* Running text, not a table or formulas: no line is indented, none has columns. */
@@ -285,7 +292,9 @@ function drawControls() {
   if (parts.length === 0) parts.push(el("p", { class: "quiet" }, t("numbers.fixed")));
   const back = el("button", { type: "button", click: openExample }, t("numbers.reset"));
   if (isEditable(shown.topic)) parts.push(el("p", { class: "buttons" }, back));
-  byId("controls").replaceChildren(el("h2", {}, t("numbers.change")), ...ownModels(), ...parts);
+  const head = isEditable(shown.topic) || prompt !== undefined
+    ? [el("h2", {}, t("numbers.change"))] : [];
+  byId("controls").replaceChildren(...head, ...ownModels(), ...parts);
   // many columns want the whole width
   const isWide = (answers?.table.length ?? 0) > 2;
   byId("controls").parentElement.classList.toggle("stacked", isWide);
@@ -384,11 +393,22 @@ function nameOf(path) {
   return answer === undefined ? name : `${t("answer", { n: Number(answer) + 1 })}, ${name}`;
 }
 
+/* How good a guess is, for a number that was `base` before the change. */
+function verdictOf(guess, value, base) {
+  const off = Math.abs(guess - value);
+  const size = Math.max(0.1, Math.abs(value));
+  if (off <= 0.006 * size) return "right";
+  if (off <= 0.06 * size) return "close";
+  const isUnchanged = Math.abs(value - base) <= 1e-4 * size;
+  return !isUnchanged && Math.sign(guess - base) === Math.sign(value - base) ? "way" : "far";
+}
+
 /* The change that the question speaks of is made in the example, and the program computes it. */
 async function answerQuestion(asked, form, place) {
   const guesses = [...form.querySelectorAll("input")].map(({ value }) => value);
   shown.isOwn = false;
   await openExample();
+  const base = shown.result;
   for (const [path, value] of Object.entries(asked.change)) setAt(shown.example, path, value);
   drawControls();
   await compute();
@@ -397,10 +417,9 @@ async function answerQuestion(asked, form, place) {
     const isGuessed = guesses[i] !== "";
     const values = { name: nameOf(path), value: number(value, 4),
       guess: number(Number(guesses[i]), 4) };
-    const isClose = Math.abs(Number(guesses[i]) - value) <= 0.05 * Math.max(0.2, Math.abs(value));
     return el("li", { class: "guess" },
       t(isGuessed ? "predict.computed" : "predict.alone", values),
-      isGuessed ? ` ${t(isClose ? "predict.close" : "predict.far")}` : "");
+      isGuessed ? ` ${t(`predict.${verdictOf(Number(guesses[i]), value, valueAt(base, path))}`)}` : "");
   });
   place.replaceChildren(el("ul", {}, ...lines),
     el("p", {}, ...withCode(asked[language].answer)));
@@ -411,9 +430,18 @@ async function answerQuestion(asked, form, place) {
   }
 }
 
+/* The next question starts from the example as it was; after the last one, the next idea. */
 function nextQuestion() {
   shown.asked++;
   drawQuestion();
+  openExample();
+}
+
+function drawNextIdea() {
+  const next = COURSE_TOPICS[COURSE_TOPICS.indexOf(shown.topic) + 1];
+  const isThere = COURSE_TOPICS.includes(shown.topic) && next;
+  byId("next-idea").replaceChildren(...isThere ? [el("button", { type: "button",
+    click: () => chooseTopic(next).then(() => scrollTo(0, 0)) }, t("numbers.next", { name: next }))] : []);
 }
 
 // ---- The screen ---------------------------------------------------------------------------------
@@ -430,6 +458,7 @@ async function chooseTopic(topic) {
   shown.asked = 0;
   byId("topic").value = topic;
   drawQuestion();
+  drawNextIdea();
   drawRead("numbers-read", TOPICS[topic].terms, TOPIC_FUNCTIONS[topic]);
   await openExample();
 }

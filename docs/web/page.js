@@ -1,7 +1,7 @@
 "use strict";
 /* page.js -- language, the way through the screens, and the start of the program. */
 
-const SCREENS = ["run", "numbers", "play", "taste", "keep"];
+const SCREENS = ["run", "play", "taste", "numbers", "keep"];
 const DRAW = { run: drawRun, numbers: drawNumbers, play: drawPlay, taste: drawTaste,
   keep: drawKeep };
 

@@ -90,6 +90,7 @@ const showNext = latest(async () => {
     const all = JSON.parse(await ask(shape(model, SHOWN_TOKENS), [`out/${model}`]));
     const cut = JSON.parse(await ask([...shape(model, SHOWN_TOKENS), ...cuts]));
     const was = await wordsBefore(model, shape);
+    byId("play-sentence").textContent = `${harmless(promptOf())} …`;
     if (play.model !== model || play.size !== app.engine.read(`out/${model}/vocab.json`)) {
       Object.assign(play, { model, size: app.engine.read(`out/${model}/vocab.json`),
         words: vocabulary(model) });

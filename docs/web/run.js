@@ -105,7 +105,7 @@ function courseCommand() {
 function beginCourse() {
   const isReplacing = course.state !== "stopped" && modelsThere().length > 0;
   byId("replace").hidden = !isReplacing;
-  if (isReplacing) byId("replace-do").focus();
+  if (isReplacing) byId("replace-not").focus();
   else runCourse();
 }
 
@@ -338,6 +338,11 @@ const judgeTyped = latest(async () => {
   byId("judge-said").textContent = t("judge.said", { share: percent(betterThan(reward)),
     count: course.judged.length });
   drawJudged(reward);
+  course.tried = [{ text, share: betterThan(reward) },
+    ...(course.tried ?? []).filter(one => one.text !== text)].slice(0, 8);
+  byId("judge-tried").replaceChildren(...course.tried.map(one => el("li", {},
+    el("b", { class: "numbers" }, percent(one.share)), " ",
+    el("span", { class: "text", lang: "en" }, harmless(one.text)))));
 });
 
 /* All rewards on one line: filled dots above for liked, hollow ones below, a triangle for the typed
@@ -349,9 +354,9 @@ function drawJudged(typed) {
   const x = reward => 10 + 300 * (reward - low) / range;
   const svg = el("svg", { viewBox: "0 0 320 54", "aria-hidden": "true" },
     el("path", { class: "axis", d: "M6 27H314" }));
-  for (const { reward, score } of course.judged) {
+  for (const { reward, score, text } of course.judged) {
     svg.append(el("circle", { class: score > 0 ? "dot liked" : "dot disliked", cx: x(reward),
-      cy: score > 0 ? 19 : 35, r: 3.6 }));
+      cy: score > 0 ? 19 : 35, r: 3.6 }, el("title", {}, text)));
   }
   svg.append(el("path", { class: "mark", d: `M${x(typed)} 27l-6 12h12z` }));
   byId("judge-dots").replaceChildren(svg);
@@ -408,6 +413,7 @@ function buildJudge() {
     } }, words))),
   el("p", { id: "judge-said", role: "status", "data-test": "judge-said" }, t("judge.wait")),
   el("div", { id: "judge-dots" }),
+  el("ul", { id: "judge-tried", class: "tried" }),
   el("p", { id: "judge-legend", class: "quiet", hidden: true }, t("judge.legend")));
   return form;
 }
@@ -510,7 +516,8 @@ function showResults() {
     el("p", {}, ...verdict(name, summary))));
   byId("results-hills").replaceChildren(drawHills(report));
   byId("results-table").replaceChildren(...resultRows(summary));
-  byId("results-samples").replaceChildren(...report.samples.slice(0, 4).map(drawCompared));
+  const disliked = [...report.samples].sort((a, b) => a.before.reward - b.before.reward);
+  byId("results-samples").replaceChildren(...disliked.slice(0, 4).map(drawCompared));
   showReport();
   startJudge();
 }

@@ -59,10 +59,16 @@ function twoOf({ prompt, texts }) {
 
 /* Pairs that were written for another rule may not show this one. */
 function chooseRule(rule) {
+  if (rule === taste.rule) return;
+  const hadPairs = taste.pairs.length > 0;
   taste.rule = rule;
-  taste.ready = [];
-  drawRules();
-  nextPair();
+  startAfresh();
+  if (hadPairs) byId("train-said").textContent = t("taste.other");
+}
+
+function startAfresh() {
+  forgetTaste();
+  drawTaste();
 }
 
 function drawRules() {
@@ -75,6 +81,7 @@ function drawRules() {
 function forgetTaste() {
   Object.assign(taste, { pairs: [], ready: [], now: null, points: {}, result: null, state: "idle" });
   byId("train-said").textContent = "";
+  byId("train-said").dataset.state = "idle";
 }
 
 /* The answers that are being written; who needs some waits for those. */
@@ -245,7 +252,12 @@ function drawChanged() {
   const { before, after } = result;
   const count = taste.pairs.length;
   const isComma = taste.rule === "comma";
-  const isEmpty = after.rows.some(({ text }) => wordsOf(clean(text)) < 2);
+  // those that are shown, the emptiest first under a rule that asks for short answers
+  const order = before.rows.map((row, i) => i);
+  if (taste.rule === "shorter") {
+    order.sort((a, b) => wordsOf(clean(after.rows[a].text)) - wordsOf(clean(after.rows[b].text)));
+  }
+  const isEmpty = taste.rule === "shorter" && wordsOf(clean(after.rows[order[0]].text)) < 3;
   byId("changed-said").replaceChildren(
     el("p", {}, el("b", {}, isComma
       ? t("taste.headline.comma", { count, before: percent(before.commas), after: percent(after.commas) })
@@ -265,11 +277,11 @@ function drawChanged() {
     el("tbody", {}, ...rows.map(([key, value]) => el("tr", {},
       el("th", { scope: "row" }, t(key)),
       ...columns.map(name => el("td", { class: "numbers" }, value(name)))))));
-  byId("changed-samples").replaceChildren(...result.before.rows.slice(0, 8).map((row, i) =>
-    el("article", { class: "card" },
-      ...[["before", row], ["after", result.after.rows[i]]].map(([name, { text }]) =>
+  byId("changed-samples").replaceChildren(...order.slice(0, 8).map((i, place) =>
+    el("article", { class: isEmpty && place === 0 ? "card framed" : "card" },
+      ...[["before", before.rows[i]], ["after", after.rows[i]]].map(([name, { text }]) =>
         el("p", {}, el("span", { class: "quiet" }, t(`taste.${name}`)), el("br"),
-          whole(row.prompt, text))))));
+          whole(before.rows[i].prompt, text))))));
 }
 
 // ---- The screen ---------------------------------------------------------------------------------
@@ -290,6 +302,7 @@ function startTaste() {
   byId("choose-2").addEventListener("click", () => choose(1));
   byId("rate-new").addEventListener("click", nextPair);
   byId("rate-undo").addEventListener("click", undo);
+  byId("rate-fresh").addEventListener("click", startAfresh);
   byId("train").addEventListener("click", trainTaste);
   byId("train-stop").addEventListener("click", () => app.engine.stop());
   document.addEventListener("keydown", rateKey);
