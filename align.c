@@ -95,11 +95,10 @@
  * Small letters belong to the formula or the loop beside which they are explained. Two mislead
  * easily: model->h[l] is block l, as in transformers, but in attention h is the number of a head; v
  * is an id in a loop over the vocabulary, but in attention v_j is a value vector, as q_t is a query
- * and k_j a key. wte and wpe are GPT-2's
- * names for the matrices of its word (token) and word position embeddings. A matrix (M,N) is
- * row-major: element (i,j) is at i*N + j. "The derivative by x" is the partial derivative with
- * respect to x; that of the loss is called dx. Logarithms are natural, so log-probabilities,
- * divergences and entropies are in nats.
+ * and k_j a key. wte and wpe are GPT-2's names for the matrices of its word (token) and word
+ * position embeddings. A matrix (M,N) is row-major: element (i,j) is at i*N + j. "The derivative by
+ * x" is the partial derivative with respect to x; that of the loss is called dx. Logarithms are
+ * natural, so log-probabilities, divergences and entropies are in nats.
  *
  * Papers
  *    [1] Radford 2019, Language Models are Unsupervised Multitask Learners (GPT-2)
@@ -817,7 +816,7 @@ static double unbiased_variance(const float *x, size_t n) {
  * Advantages on one scale need only one learning rate, whatever the reward model's unit is. And
  * some tokens of a batch are raised, others lowered: the worse of two good ones goes down.
  * (The mean that is subtracted contains each token's own advantage, as a baseline should not, see
- * reinforce_advantages; among thousands that hardly matters.) Returns what zero becomes.
+ * reinforce_advantages; among thousands that hardly matters.) Returns what a 0 would become.
  * By hand: 1, 2, 6: mean 3, variance 7: -0.7559, -0.3780, 1.1339.     test: ppo_whiten_golden */
 static double whiten(float *x, size_t n, bool shift_mean) {
     /* Without the 1e-8, equal numbers, whose variance is 0, would become infinite or NaN. */
@@ -1586,9 +1585,9 @@ struct DPOSide {
  * token of the rejected one drejected (target_logps_backward).
  * The sigmoid says how wrong the policy still is about this pair: a pair that it has learnt pulls
  * less and less. The reference is the zero point, but no limit: the loss goes on falling as
- * `logits` grows (dpo_ipo_pair has a limit). A small beta lets the policy go far
- * before a pair is learnt, since `logits` has to reach about 1 / beta nats; a large one keeps it
- * near. At the start policy and reference agree: logits 0, loss ln 2 = 0.6931 for any beta.
+ * `logits` grows (dpo_ipo_pair has a limit). A small beta lets the policy go far before a pair is
+ * learnt, since `logits` has to reach about 1 / beta nats; a large one keeps it near. At the start
+ * policy and reference agree: logits 0, loss ln 2 = 0.6931 for any beta.
  * By hand: beta 0.1, chosen -8 (reference -10), rejected -13 (-12): logits 2 - (-1) = 3, loss
  * -log sigmoid(0.3) = 0.5544, dchosen -0.1 * sigmoid(-0.3) = -0.1 * 0.4256 = -0.0426, drejected
  * 0.0426. (At the start they were -0.05 and 0.05: the pair pulls less already.) dpo_loss still has

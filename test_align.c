@@ -10033,6 +10033,18 @@ static void make_collectors(const char *training) {
                    "--output_dir @c_rm --max_steps 3 --learning_rate 0.01");
 }
 
+/* A new reward head draws numbers of its own: with the seed of `pretrain`, and untrained, it was
+ * once the first row of wte again, to the last bit. */
+static void test_reward_head_stream(void) {
+    make_collectors("--vocab_size 400 --max_length 16 --max_steps 1 --learning_rate 0");
+    command_output("reward --model_name_or_path @c_lm --dataset_name @rated.jsonl "
+                   "--output_dir @c_head --max_steps 1 --learning_rate 0");
+    struct GPT2 *model = owned(gpt2_load(temporary("c_head")));
+    size_t C = model->config.n_embd;
+    expect_true("not wte's first row",
+                memcmp(model->score.w, model->wte.w, C * sizeof(float)) != 0);
+}
+
 static const char SHORT_TRAINING[] = "--vocab_size 400 --max_length 16 --max_steps 60 "
                                      "--learning_rate "
                                      "0.03";
@@ -11011,6 +11023,7 @@ static const struct {
     {"cli_idle", test_cli_idle},
     {"cli_about", test_cli_about},
     {"cli_help", test_cli_help},
+    {"reward_head_stream", test_reward_head_stream},
     {"encode_prompts", test_encode_prompts},
     {"cli_course", test_cli_course},
     {"cli_collect", test_cli_collect},
